@@ -1,0 +1,421 @@
+"""Settings of a run: three typed dataclasses, one command line, one YAML file, no torch.
+
+Each field declares its default, its help line and its legal range once; the command line, the YAML file and
+the Python API all read that declaration. Values are converted and checked in `__post_init__`, so every way in
+gives the same error.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MODEL_SIZES = ("tiny", "350M", "1B", "3B", "7B", "13B", "custom")
+
+
+class UserError(ValueError):
+    """A mistake the user can mend: one clear line that says what is wrong and the way out."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    flag: str | None = None,
+    choices: Sequence[str] | None = None,
+    several: bool = False,
+    minimum: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """A dataclass field with its command-line description.
+
+    Args:
+        flag: name on the command line, without dashes, where it differs from the field's name.
+        choices: legal values; with `several`, legal members of a comma-separated list.
+        minimum, maximum: inclusive range of a number.
+    """
+    metadata = {
+        "help": help,
+        "flag": flag,
+        "choices": choices,
+        "several": several,
+        "range": (minimum, maximum),
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def flag_of(field: dataclasses.Field) -> str:
+    """The command-line spelling of a field, for example `--batch-size`."""
+    return "--" + (field.metadata["flag"] or field.name.replace("_", "-"))
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """`": did you mean X?"` for the nearest of `words` (case, `_` and `-` aside), else an empty string."""
+    folded = {w.lower().replace("_", "-"): w for w in words}
+    near = difflib.get_close_matches(word.lower().replace("_", "-"), folded, n=1, cutoff=0.6)
+    return f": did you mean {folded[near[0]]}?" if near else ""
+
+
+class Checked:
+    """Converts and checks every field of a settings dataclass against its declaration."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, _checked_value(field, hints[field.name], getattr(self, field.name)))
+        self.check()
+
+    def check(self) -> None:
+        """Rules between fields; raises UserError."""
+
+
+def _checked_value(field: dataclasses.Field, hint: Any, value: Any) -> Any:
+    """`value` in the field's type and range; numbers may come as strings, which is how YAML reads `1e-4`."""
+    kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not types.NoneType]
+    optional = types.NoneType in typing.get_args(hint)
+    kind, name = kinds[0], flag_of(field)
+    if field.metadata["flag"]:
+        name += f" ({field.name})"
+    if value is None:
+        if optional:
+            return None
+        raise UserError(f"{name} needs a value")
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise UserError(f"{name} must be true or false, not {value!r}")
+        return value
+    if kind in (int, float):
+        try:
+            if isinstance(value, bool):
+                raise ValueError
+            number = kind(value)
+            if number != float(value) or not math.isfinite(number):  # 2.5 is no whole number
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(f"{name} must be a {'whole ' * (kind is int)}number, not {value!r}") from None
+        low, high = field.metadata["range"]
+        if low is not None and number < low:
+            raise UserError(f"{name} must be at least {low}, not {number}")
+        if high is not None and number > high:
+            raise UserError(f"{name} must be at most {high}, not {number}")
+        return number
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)  # a YAML file's `dataset: 1` or `resume: 20260101` is still a name
+    if not isinstance(value, str):
+        raise UserError(f"{name} must be a text, not {value!r}")
+    if not value:
+        raise UserError(f"{name} must not be empty")
+    choices = field.metadata["choices"]
+    for part in value.split(",") if field.metadata["several"] else [value]:
+        if choices and part not in choices:
+            hint_text = did_you_mean(part, choices)
+            raise UserError(f"{name} must be one of {', '.join(choices)}, not {part!r}{hint_text}")
+    return value
+
+
+@dataclass
+class ModelArguments(Checked):
+    """What is trained."""
+
+    model_size: str = option(
+        "tiny", "preset; custom takes --hidden-size, --num-layers and --num-experts", choices=MODEL_SIZES
+    )
+    hidden_size: int | None = option(None, "model width, with --model-size custom", minimum=1)
+    num_layers: int | None = option(None, "decoder layers, with --model-size custom", minimum=1)
+    num_experts: int | None = option(None, "experts a layer (default: the preset's)", minimum=1)
+    num_active_experts: int = option(2, "experts a token uses", minimum=1)
+    router_aux_loss_coef: float = option(0.01, "weight of the router's balance loss", minimum=0)
+    router_z_loss_coef: float = option(0.001, "weight of the router's z loss", minimum=0)
+    tokenizer: str | None = option(None, "tokenizer directory (default: the one in data/tokenizer)")
+    init_from: str | None = option(None, "start from this run, checkpoint or Qwen3-MoE directory")
+
+    def check(self) -> None:
+        shape = {"--hidden-size": self.hidden_size, "--num-layers": self.num_layers}
+        if self.model_size == "custom":
+            shape["--num-experts"] = self.num_experts
+            missing = [flag for flag, value in shape.items() if value is None]
+            if missing:
+                raise UserError(f"--model-size custom needs {' and '.join(missing)}")
+        else:
+            given = [flag for flag, value in shape.items() if value is not None]
+            if given:
+                raise UserError(
+                    f"{' and '.join(given)} cannot change a preset ({self.model_size}): use --model-size custom"
+                )
+
+
+@dataclass
+class DataArguments(Checked):
+    """What it is trained on."""
+
+    dataset: str = option(
+        "all",
+        "all, or names, files or hub names with commas between, each with an optional weight: chat:2,my.jsonl:1",
+    )
+    max_length: int = option(512, "tokens in a row", minimum=2)
+    max_samples: int | None = option(None, "use at most this many examples of each dataset", minimum=1)
+    num_workers: int = option(2, "processes that load data", minimum=0)
+    train_on_prompt: bool = option(False, "learn the prompts too, not the answers alone")
+    streaming: bool = option(False, "read datasets as a stream, for those larger than memory")
+    validation_fraction: float = option(0.05, "share of the data held out", minimum=0, maximum=0.5)
+    cache_dir: str | None = option(None, "tokenized data (default: pragnosia in the user's cache directory)")
+    dataset_config: str | None = option(None, "YAML file that declares your own datasets")
+
+
+@dataclass
+class TrainingArguments(Checked):
+    """How it is trained. Names are those of `transformers.TrainingArguments` where it has one."""
+
+    output_dir: str = option("./outputs", "where runs are written")
+    num_train_epochs: int = option(3, "passes over the data", flag="epochs", minimum=1)
+    max_steps: int | None = option(None, "stop after this many optimizer updates", minimum=1)
+    per_device_train_batch_size: int = option(
+        4, "rows a GPU computes at once (a microbatch)", flag="batch-size", minimum=1
+    )
+    gradient_accumulation_steps: int = option(1, "microbatches an optimizer update", minimum=1)
+    learning_rate: float = option(1e-4, "peak learning rate", minimum=0)
+    local_learning_rate: float = option(1e-3, "peak learning rate of the experts' parameters", minimum=0)
+    lr_scheduler_type: str = option(
+        "cosine",
+        "learning rate after the warmup (warmup: stays at the peak)",
+        flag="lr-scheduler",
+        choices=("cosine", "linear", "constant", "warmup"),
+    )
+    warmup_steps: int = option(0, "steps over which the learning rate rises", minimum=0)
+    weight_decay: float = option(0.1, "AdamW weight decay of matrices", minimum=0)
+    gradient_clip: float = option(1.0, "largest global gradient norm; 0 turns clipping off", minimum=0)
+    seed: int = option(42, "random seed", minimum=0, maximum=2**32 - 1)
+    precision: str | None = option(
+        None, "bf16, fp16 or fp32 (default: bf16 on a GPU, fp32 on CPU)", choices=("bf16", "fp16", "fp32")
+    )
+    gradient_checkpointing: bool = option(False, "recompute activations in backward to save memory")
+    device: str | None = option(
+        None, "cuda or cpu (default: cuda where there is one)", choices=("cuda", "cpu")
+    )
+    placement: str = option(
+        "auto",
+        "where experts live: resident in GPU memory, or zero3 in host memory, fetched page by page "
+        "(auto: resident where the estimate fits)",
+        choices=("auto", "resident", "zero3"),
+    )
+    offload_to_cpu: bool | None = option(
+        None, "the same as --placement zero3, and --placement resident with no-"
+    )
+    expert_page_size: int | None = option(None, "experts fetched together with zero3", minimum=1)
+    deepspeed_config: str | None = option(
+        None,
+        "DeepSpeed JSON: a path or a name in deepspeed_configs (default: by preset, placement and machine)",
+    )
+    logging_steps: int = option(100, "steps between log lines", minimum=1)
+    eval_steps: int = option(1000, "steps between validations", minimum=1)
+    save_steps: int = option(5000, "steps between checkpoints", minimum=1)
+    save_strategy: str = option(
+        "steps",
+        "steps: every --save-steps and after each epoch; epoch: after each epoch; no: final model only",
+        choices=("steps", "epoch", "no"),
+    )
+    keep_checkpoints: int = option(3, "newest checkpoints to keep", minimum=1)
+    early_stopping_patience: int | None = option(
+        None, "stop after this many validations without a better loss", minimum=1
+    )
+    resume: str | None = option(None, "continue this run, checkpoint or glob")
+    report_to: str = option(
+        "tensorboard",
+        "tensorboard, wandb or none, several with commas; metrics.jsonl is always written",
+        choices=("tensorboard", "wandb", "none"),
+        several=True,
+    )
+    deterministic: bool = option(False, "bit-for-bit repeatable, slower")
+    max_nan_steps: int = option(5, "stop after this many steps in a row whose loss is not finite", minimum=1)
+    export_format: str = option("pragnosia", "format of final_model", choices=("pragnosia", "qwen3_moe"))
+
+    def check(self) -> None:
+        if self.offload_to_cpu is not None and self.placement != "auto":
+            flag = "--offload-to-cpu" if self.offload_to_cpu else "--no-offload-to-cpu"
+            raise UserError(f"--placement and {flag} both set the placement: give one of them")
+        if "none" in self.reporters and len(self.reporters) > 1:
+            raise UserError("--report-to none cannot stand beside others")
+
+    @property
+    def requested_placement(self) -> str:
+        """auto, resident or zero3: --placement and --offload-to-cpu joined."""
+        if self.offload_to_cpu is None:
+            return self.placement
+        return "zero3" if self.offload_to_cpu else "resident"
+
+    @property
+    def reporters(self) -> list[str]:
+        """The members of `report_to`."""
+        return self.report_to.split(",")
+
+
+@dataclass
+class RunArguments:
+    """Everything `train_ds.py` was told."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: TrainingArguments
+    dry_run: bool
+    list_datasets: bool
+    local_rank: int
+    argv: list[str]
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors: it names the nearest flag and takes no flag twice.
+
+    It takes no abbreviation, and reads `--some_flag` as `--some-flag`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(message.removeprefix("argument "))
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        parsed, extras = self.parse_known_args(args, namespace)
+        flags = [extra.split("=")[0] for extra in extras if extra.startswith("-") and extra != "-"]
+        if flags:
+            known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            raise UserError(
+                f"unknown option {flags[0]}{did_you_mean(flags[0], known) or '; --help lists all'}"
+            )
+        if extras:
+            raise UserError(f"unexpected argument {extras[0]!r}: options start with --")
+        return parsed
+
+    def parse_known_args(
+        self, args: Any = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        words = [_dashed(word) for word in (sys.argv[1:] if args is None else args)]
+        seen = set()
+        for word in words:
+            action = self._option_string_actions.get(word.split("=")[0])
+            if action is not None and action.dest in seen:
+                raise UserError(f"{word.split('=')[0]} is set twice: give it once")
+            if action is not None:
+                seen.add(action.dest)
+        return super().parse_known_args(words, namespace)
+
+
+def _dashed(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
+    """Adds a flag for each field of a settings dataclass; flags not given leave nothing in the namespace."""
+    group = parser.add_argument_group((settings.__doc__ or settings.__name__).split(".")[0])
+    hints = typing.get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        help_text = field.metadata["help"]
+        if bool in (hints[field.name], *typing.get_args(hints[field.name])):
+            group.add_argument(
+                flag_of(field),
+                dest=field.name,
+                action=argparse.BooleanOptionalAction,
+                default=argparse.SUPPRESS,
+                help=help_text,
+            )
+            continue
+        if field.default is not None:
+            help_text += f" (default: {field.default})"
+        choices = field.metadata["choices"]
+        metavar = "|".join(choices) if choices and not field.metadata["several"] else field.name.upper()
+        group.add_argument(
+            flag_of(field), dest=field.name, default=argparse.SUPPRESS, metavar=metavar, help=help_text
+        )
+
+
+SETTINGS = (ModelArguments, DataArguments, TrainingArguments)
+
+
+def parse(argv: Sequence[str] | None = None) -> RunArguments:
+    """Reads the command line of `train_ds.py`; a `--config` file lies below the flags.
+
+    Raises:
+        UserError: unknown, doubled or misspelt settings, values of a wrong type or out of range.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = Parser(prog="train_ds.py", description="Train a Mixture-of-Experts language model.")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags override it")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument(
+        "--list-datasets", action="store_true", help="print the known datasets and their licences"
+    )
+    parser.add_argument("--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
+    for settings in SETTINGS:
+        add_options(parser, settings)
+    given = vars(parser.parse_args(argv))
+    values = _read_yaml(given["config"]) if given["config"] else {}
+    values.update(given)
+    model, data, training = (
+        settings(**{f.name: values[f.name] for f in dataclasses.fields(settings) if f.name in values})
+        for settings in SETTINGS
+    )
+    return RunArguments(
+        model, data, training, given["dry_run"], given["list_datasets"], given["local_rank"], argv
+    )
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    """Field name -> value of a flat YAML file; keys may be flags or field names, with `-` or `_`."""
+    import yaml
+
+    try:
+        node = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"--config {path}{where}: not YAML ({getattr(error, 'problem', error)})") from None
+    if node is None:
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"--config {path}: expected lines of the form `setting: value`")
+    fields = {}
+    for settings in SETTINGS:
+        for field in dataclasses.fields(settings):
+            fields[field.name] = fields[flag_of(field)[2:].replace("-", "_")] = field.name
+    values: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        where = f"--config {path} line {key_node.start_mark.line + 1}"
+        key = str(key_node.value)
+        name = fields.get(key.replace("-", "_"))
+        if name is None:
+            raise UserError(f"{where}: unknown setting {key}{did_you_mean(key, fields)}")
+        if name in values:
+            raise UserError(f"{where}: {key} is set twice")
+        loader = yaml.SafeLoader("")
+        try:
+            values[name] = loader.construct_object(value_node, deep=True)
+        except yaml.YAMLError:
+            raise UserError(f"{where}: the value of {key} cannot be read") from None
+    return values
+
+
+def run_script(main: Callable[[], int | None]) -> typing.NoReturn:
+    """Runs a script's `main` and exits: a UserError is one `error:` line and exit code 2, Ctrl-C is 130."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        print(f"error{f' (rank {rank})' * (rank > 0)}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
