@@ -1,1 +1,1 @@
-"""Training: settings, the DeepSpeed engine, steps, checkpoints and the Python API. Imports no torch by itself."""
+"""Training: settings, the DeepSpeed engine, steps, checkpoints and the Python API; imports no torch."""
