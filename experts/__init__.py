@@ -1,0 +1,43 @@
+"""Where expert banks live. Every bank is a module with `forward(hidden_TD, routing) -> hidden_TD`.
+
+    resident   the whole bank in device memory (`resident.py`)
+    zero3      pages of ordinary parameters under DeepSpeed ZeRO-3 with offload (`zero3.py`)
+
+A placement changes names and shapes of parameters but not the model: `canonical` maps each parameter to the
+name it has in an exported checkpoint and, for a page, the first expert it holds.
+"""
+
+import re
+
+PLACEMENTS = ("resident", "zero3")
+_PAGE = re.compile(r"^(.*\.experts)\.pages\.(\d+)\.(\w+)$")
+
+
+def bank_builder(placement: str, page_size: int | None = None):
+    """The constructor of a placement's bank, to hand to `PragnosiaForCausalLM(config, build_bank)`."""
+    from functools import partial
+
+    from experts.resident import ResidentBank
+    from experts.zero3 import Zero3Bank
+
+    if placement == "zero3":
+        assert page_size is not None
+        return partial(Zero3Bank, page_size=page_size)
+    assert placement == "resident", placement
+    return ResidentBank
+
+
+def canonical(name: str, shape: tuple[int, ...]) -> tuple[str, int | None]:
+    """The exported name of a parameter and, when it is a page, the number of the page's first expert.
+
+    `shape` is the parameter's full shape; its first dimension is the page size.
+    """
+    match = _PAGE.match(name)
+    if match is None:
+        return name, None
+    return f"{match[1]}.{match[3]}", int(match[2]) * shape[0]
+
+
+def default_page_size(num_experts: int) -> int:
+    """Eight experts a page, or the largest divisor of the bank below that."""
+    return max(size for size in range(1, min(8, num_experts) + 1) if num_experts % size == 0)

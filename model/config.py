@@ -1,0 +1,72 @@
+"""The architecture's hyperparameters and the parameter counts that follow from them."""
+
+from transformers import PretrainedConfig
+
+
+class PragnosiaConfig(PretrainedConfig):
+    """A decoder with a Mixture-of-Experts feed-forward in every layer; field names are Qwen3-MoE's.
+
+    Raises:
+        ValueError: sizes that do not fit together (names both and the nearest remedy).
+    """
+
+    model_type = "pragnosia"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    vocab_size: int = 32768
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 256
+    max_position_embeddings: int = 4096
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: float = 0.01
+    router_z_loss_coef: float = 0.001
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs) -> None:
+        super().__post_init__(**kwargs)
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"{self.num_experts_per_tok} active experts cannot be chosen from {self.num_experts}: "
+                f"--num-active-experts must be between 1 and --num-experts"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"{self.num_attention_heads} attention heads cannot share {self.num_key_value_heads} key-value "
+                f"heads evenly: the first must be a multiple of the second"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head size {self.head_dim} is odd: rotary embeddings turn pairs, make it even")
+
+    def _dense_params(self) -> int:
+        """Parameters outside the expert banks."""
+        width, head_width = self.hidden_size, self.head_dim
+        queries, pairs = self.num_attention_heads * head_width, self.num_key_value_heads * head_width
+        attention = 2 * width * queries + 2 * width * pairs + 2 * head_width
+        layer = attention + self.num_experts * width + 2 * width  # + router + the two norms
+        embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * layer + width
+
+    def expert_params(self) -> int:
+        """Parameters of one expert."""
+        return 3 * self.hidden_size * self.moe_intermediate_size
+
+    def num_params(self) -> int:
+        """All parameters of the model."""
+        return self._dense_params() + self.num_hidden_layers * self.num_experts * self.expert_params()
+
+    def active_params(self) -> int:
+        """Parameters that one token meets."""
+        return self._dense_params() + self.num_hidden_layers * self.num_experts_per_tok * self.expert_params()
