@@ -160,7 +160,7 @@ class DataArguments(Checked):
 
     dataset: str = option(
         "all",
-        "all, or names, files, hub names with commas between, each with an optional weight: chat:2,my.jsonl:1",
+        "all, or names, files, hub names with commas between, each with an optional weight: chat:2,x.jsonl:1",
     )
     max_length: int = option(512, "tokens in a row", minimum=2)
     max_samples: int | None = option(None, "use at most this many examples of each dataset", minimum=1)

@@ -1,8 +1,8 @@
 """The DeepSpeed JSON: chosen, checked key by key, and completed with what the command line owns.
 
 DeepSpeed ignores a misspelt top-level key and drops `"auto"` in a nested one without a word, so every key is
-checked here: sections that DeepSpeed declares as pydantic models against those models, the rest against the table
-in `top_level`. A setting has one owner: `OWNED_BY_FLAGS` lists the keys that the command line owns.
+checked here: sections that DeepSpeed declares as pydantic models against those models, the rest against the
+table in `top_level`. A setting has one owner: `OWNED_BY_FLAGS` lists the keys that the command line owns.
 """
 
 import functools

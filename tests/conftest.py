@@ -1,0 +1,34 @@
+"""Skips tests whose hardware is missing, and says at the end what was skipped and why."""
+
+import functools
+from collections import Counter
+
+import pytest
+
+GPUS_NEEDED = {"gpu": 1, "multi_gpu": 2}
+
+
+@functools.cache
+def gpu_count() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        needed = max(
+            (count for marker, count in GPUS_NEEDED.items() if item.get_closest_marker(marker)), default=0
+        )
+        if needed and gpu_count() < needed:
+            reason = "needs a CUDA GPU" if needed == 1 else f"needs {needed} CUDA GPUs"
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line for each reason, before pytest's closing line."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped")
+    )
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"skipped {count}: {reason}")
