@@ -1,0 +1,154 @@
+"""How good a model is: loss on target tokens, and answers that a program can check.
+
+Every number is a quotient of sums over examples or tokens, all-reduced over ranks, so that neither the batch
+size nor the number of ranks changes it. torch is imported inside the functions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from inference.code_execution import passes_tests
+from inference.generation import Sampling, generate
+
+if TYPE_CHECKING:
+    import torch
+
+    from data.example import Example
+
+ANSWERS = 200
+"""Examples of a family that are answered and checked unless told otherwise: generation is slow."""
+
+ANSWER_GROUP = 8
+"""Prompts answered together. Fixed: rounding differs between batch shapes and could flip a near tie, so
+groups are the same for every batch size and rank count."""
+
+ANSWER_TOKENS = 256
+"""Most tokens of a checked answer."""
+
+
+def evaluate_loss(
+    model: object,
+    datasets: Mapping[str, object],
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    device: str | torch.device,
+) -> dict[str, dict[str, float]]:
+    """Loss of each family's `PackedDataset` and "overall": {"loss", "perplexity", "bits_per_byte", "tokens",
+    "samples"}.
+
+    loss: mean cross entropy of the target tokens, nats. bits_per_byte: the same information per UTF-8 byte of
+    target text, which compares across tokenizers. tokens: targets. samples: examples. Each rank computes its
+    share; all ranks make equally many forward passes (ZeRO-3 needs that) and return the same numbers.
+    """
+    import torch
+    import torch.distributed as dist
+    from data.loader import eval_batches
+
+    was_training = model.training
+    model.eval()
+    sums: dict[str, tuple[float, int, int, int]] = {}
+    for family, dataset in datasets.items():
+        total = torch.zeros(2, dtype=torch.float64, device=device)  # summed cross entropy, number of targets
+        for batch in eval_batches(dataset, batch_size, rank, world_size):
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            with torch.no_grad():
+                total[0] += model(**batch).loss_sum.double()
+            total[1] += (batch["labels"][:, 1:] != -100).sum()
+        if world_size > 1:
+            dist.all_reduce(total)
+        loss_sum, targets = total.tolist()
+        assert targets == dataset.num_targets, (family, targets, dataset.num_targets)
+        sums[family] = (loss_sum, dataset.num_targets, dataset.target_bytes, dataset.num_examples)
+    model.train(was_training)
+    overall = tuple(sum(column) for column in zip(*sums.values(), strict=True))
+    return {name: _loss_row(*row) for name, row in {**sums, "overall": overall}.items()}
+
+
+def _loss_row(loss_sum: float, targets: int, target_bytes: int, samples: int) -> dict[str, float]:
+    from training.metrics import perplexity
+
+    loss = loss_sum / targets
+    return {
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "bits_per_byte": loss_sum / target_bytes / math.log(2),
+        "tokens": targets,
+        "samples": samples,
+    }
+
+
+def evaluate_answers(
+    model: object,
+    tokenizer: object,
+    examples: Sequence[Example],
+    *,
+    rank: int,
+    world_size: int,
+    device: str | torch.device,
+    execute_code: bool = False,
+) -> list[dict[str, object]]:
+    """Answer examples greedily, check them: {"family", "prompt", "expected", "answer", "correct"} each.
+
+    correct is None where nothing can tell: free text, or code without tests or without `execute_code`. Groups
+    of examples are dealt to the ranks, each of which holds the whole model; all return the whole list.
+    """
+    import torch.distributed as dist
+
+    from data.prompts import prompt_text
+
+    asked = [example for example in examples if example.prompt_messages()]
+    model.eval()
+    mine: list[tuple[int, str, bool | None]] = []
+    for start in range(rank * ANSWER_GROUP, len(asked), world_size * ANSWER_GROUP):
+        group = asked[start : start + ANSWER_GROUP]
+        prompts = [prompt_text(e.prompt_messages(), e.prompt_format, tokenizer) for e in group]
+        answers = generate(model, tokenizer, prompts, Sampling.greedy(ANSWER_TOKENS), device=device)
+        for offset, (example, answer) in enumerate(zip(group, answers, strict=True)):
+            mine.append((start + offset, answer, check_answer(example, answer, execute_code)))
+    shares = [mine]
+    if world_size > 1:
+        shares = [None] * world_size
+        dist.all_gather_object(shares, mine)
+    return [
+        {
+            "family": asked[i].family,
+            "prompt": asked[i].prompt_messages()[-1]["content"],
+            "expected": asked[i].answer(),
+            "answer": answer,
+            "correct": correct,
+        }
+        for i, answer, correct in sorted(record for share in shares for record in share)
+    ]
+
+
+def check_answer(example: Example, answer: str, execute_code: bool) -> bool | None:
+    """Whether an answer is right, None if nothing can tell; generated code runs only if `execute_code`."""
+    from data.verify import is_correct
+
+    if example.tests is not None:
+        return passes_tests(answer, example.tests) if execute_code else None
+    return is_correct(example, answer)
+
+
+def can_be_checked(example: Example, execute_code: bool) -> bool:
+    """Whether `check_answer` will tell right from wrong for this example."""
+    from data.verify import is_correct
+
+    return execute_code if example.tests is not None else is_correct(example, "") is not None
+
+
+def answer_scores(records: Sequence[Mapping[str, object]]) -> dict[str, dict[str, float]]:
+    """Per family with checked answers: {"exact_match" or, for code, "pass_rate"; "answers"}."""
+    verdicts: dict[str, list[bool]] = {}
+    for record in records:
+        if record["correct"] is not None:
+            verdicts.setdefault(record["family"], []).append(record["correct"])
+    return {
+        family: {"pass_rate" if family == "code" else "exact_match": sum(v) / len(v), "answers": len(v)}
+        for family, v in verdicts.items()
+    }
