@@ -5,6 +5,7 @@ expert sees one contiguous slice.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,7 @@ class Routing:
     order_N: Tensor
 
 
-@dataclass
-class RouterStatistics:
+class RouterStatistics(NamedTuple):
     """Sums over the real (not padding) tokens of one layer; scalars and losses are fp32 and differentiable.
 
     balance_sum: E · Σ_e (share of tokens sent to e) · (Σ_tokens p_e), Switch Transformer eq. 4 (arXiv 2101.03961)

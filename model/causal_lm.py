@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
@@ -14,11 +13,9 @@ from experts.page import ExpertPage
 from kernels.reference import RouterStatistics
 from model.attention import Attention, RMSNorm, rotary
 from model.config import PragnosiaConfig
+from model.head import LanguageModelHead
 from model.moe import BuildBank, MoEBlock, ResidentBank
 from model.router import Router
-
-LOSS_CHUNK = 2048  # target tokens whose logits exist at once: 2048 · V · 4 bytes = 268 MB at V = 32,768
-
 
 @dataclass
 class CausalLMOutput(ModelOutput):
@@ -52,10 +49,11 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self, hidden_BSD: Tensor, rotary_BSC: tuple[Tensor, Tensor], mask: Tensor | None, valid_T: Tensor | None, cache
-    ) -> tuple[Tensor, RouterStatistics]:
+    ) -> tuple[Tensor, ...]:
+        """The layer's output and, flat as activation checkpointing wants them, its router statistics."""
         hidden_BSD = hidden_BSD + self.self_attn(self.input_layernorm(hidden_BSD), rotary_BSC, mask, cache)
         expert_BSD, statistics = self.mlp(self.post_attention_layernorm(hidden_BSD), valid_T)
-        return hidden_BSD + expert_BSD, statistics
+        return hidden_BSD + expert_BSD, *statistics
 
 
 class PragnosiaPreTrainedModel(PreTrainedModel):
@@ -98,10 +96,13 @@ class PragnosiaModel(PragnosiaPreTrainedModel):
             inputs = (hidden_BSD, rotary_BSC, mask, valid_T, cache)
             if self.gradient_checkpointing and self.training:
                 # Statistics are outputs of the layer, not side effects: a recompute does not count them again.
-                hidden_BSD, layer_statistics = checkpoint(layer, *inputs, use_reentrant=False)
+                # Reentrant, because ZeRO-3 releases a weight after the recomputed forward and fetches it again
+                # only for a backward through a graph that the recompute has built.
+                outputs = checkpoint(layer, *inputs, use_reentrant=True, preserve_rng_state=False)
             else:
-                hidden_BSD, layer_statistics = layer(*inputs)
-            statistics.append(layer_statistics)
+                outputs = layer(*inputs)
+            hidden_BSD = outputs[0]
+            statistics.append(RouterStatistics(*outputs[1:]))
         return self.norm(hidden_BSD), statistics
 
 
@@ -113,7 +114,7 @@ class PragnosiaForCausalLM(PragnosiaPreTrainedModel, GenerationMixin):
     def __init__(self, config: PragnosiaConfig, build_bank: BuildBank = ResidentBank):
         super().__init__(config)
         self.model = PragnosiaModel(config, build_bank)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def forward(
@@ -164,7 +165,7 @@ class PragnosiaForCausalLM(PragnosiaPreTrainedModel, GenerationMixin):
             return CausalLMOutput(logits=logits_BSV, past_key_values=past_key_values)
 
         is_target_BS = labels[:, 1:] != -100
-        loss_sum = self._cross_entropy_sum(hidden_BSD[:, :-1][is_target_BS], labels[:, 1:][is_target_BS])
+        loss_sum = self.lm_head(hidden_BSD[:, :-1][is_target_BS], labels[:, 1:][is_target_BS])
         own_tokens = input_ids.numel() if valid_T is None else valid_T.sum()
         layers = self.config.num_hidden_layers
         balance_sum = sum(layer.balance_sum for layer in statistics) / layers
@@ -181,16 +182,6 @@ class PragnosiaForCausalLM(PragnosiaPreTrainedModel, GenerationMixin):
             router_entropy=sum(layer.entropy_sum for layer in statistics) / layers / own_tokens,
             load_LE=torch.stack([layer.load_E for layer in statistics]),
         )
-
-    def _cross_entropy_sum(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
-        """fp32 sum of cross entropy, in chunks whose logits are recomputed in backward instead of kept."""
-
-        def chunk_sum(hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
-            return F.cross_entropy(self.lm_head(hidden_TD).float(), targets_T, reduction="sum")
-
-        # At least one chunk, if an empty one: the head must take part in backward on every rank.
-        chunks = zip(hidden_TD.split(LOSS_CHUNK), targets_T.split(LOSS_CHUNK), strict=True)
-        return sum(checkpoint(chunk_sum, *chunk, use_reentrant=False) for chunk in chunks)
 
     def _causal_mask(self, input_ids, attention_mask, cache, position_ids) -> Tensor | None:
         inputs_embeds = self.model.embed_tokens.weight.new_empty((*input_ids.shape, 0))

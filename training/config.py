@@ -58,9 +58,14 @@ def flag_of(field: dataclasses.Field) -> str:
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """`": did you mean X?"` for the nearest of `words` (case, `_` and `-` aside), else an empty string."""
-    folded = {w.lower().replace("_", "-"): w for w in words}
-    near = difflib.get_close_matches(word.lower().replace("_", "-"), folded, n=1, cutoff=0.6)
+    """`": did you mean X?"` for the nearest of `words` (case, `_` and `-` aside), else an empty string.
+
+    A word that begins like one of `words` means that one.
+    """
+    folded = {w.lower().replace("_", "-").lstrip("-"): w for w in words}
+    word = word.lower().replace("_", "-").lstrip("-")
+    near = [w for w in folded if word and w.startswith(word)]
+    near = near or difflib.get_close_matches(word, folded, n=1, cutoff=0.6)
     return f": did you mean {folded[near[0]]}?" if near else ""
 
 

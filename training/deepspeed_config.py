@@ -144,7 +144,7 @@ def load(
         precision: bf16, fp16 or fp32: what `"enabled": "auto"` and absent sections become.
         world_size: data-parallel ranks.
     Returns:
-        What `deepspeed.initialize(config=...)` takes. Its precision is `precision_of(config)`, which differs
+        What `deepspeed.initialize(config=...)` takes, `zero_optimization.stage` always present. Its precision is `precision_of(config)`, which differs
         from `precision` where the JSON switches bf16 or fp16 itself and `--precision` is not given.
     Raises:
         UserError: no such file, not JSON, keys unknown or owned by a flag, values that DeepSpeed refuses,
@@ -159,10 +159,13 @@ def load(
             raise UserError(f"{file}: {key} is set by {OWNED_BY_FLAGS[key]}: take it out of the JSON")
         if key in WITHOUT_EFFECT:
             raise UserError(f"{file}: {key} has no effect in this trainer: take it out of the JSON")
-    sections = {key: value for key, value in config.items() if key not in BATCH_KEYS}
+    sections = {"zero_optimization": {}} | {
+        key: value for key, value in config.items() if key not in BATCH_KEYS
+    }
     _fill_precision(file, sections, args, precision)
     _check_section(str(file), sections, top_level(), offered=[*BATCH_KEYS])
-    _check_placement(file, sections.get("zero_optimization", {}), placement)
+    sections["zero_optimization"] = {"stage": 0} | sections["zero_optimization"]
+    _check_placement(file, sections["zero_optimization"], placement)
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     completed = {
         "train_micro_batch_size_per_gpu": micro,
@@ -172,6 +175,13 @@ def load(
     }
     _check_whole(file, completed)
     return {"train_batch_size": micro * accumulation * world_size, **completed}
+
+
+def placement_of(path: str | os.PathLike) -> str:
+    """The placement a JSON is made for: zero3 where it offloads parameters, else resident."""
+    file = _find(path)
+    zero = _read(file).get("zero_optimization")
+    return "zero3" if isinstance(zero, dict) and _offloads(zero, "offload_param") else "resident"
 
 
 def precision_of(config: dict[str, Any]) -> str:
@@ -323,12 +333,14 @@ def _model_keys(model: type) -> Iterator[tuple[str, Any]]:
             yield field.alias, nested
 
 
+def _offloads(zero: dict[str, Any], name: str) -> bool:
+    section = zero.get(name)
+    return isinstance(section, dict) and section.get("device", "none") != "none"
+
+
 def _check_placement(file: Path, zero: dict[str, Any], placement: str) -> None:
     """The offload sections of the JSON against the placement of the run."""
-    offloads = {
-        name: (zero.get(name) or {}).get("device", "none") != "none"
-        for name in ("offload_param", "offload_optimizer")
-    }
+    offloads = {name: _offloads(zero, name) for name in ("offload_param", "offload_optimizer")}
     if placement == "zero3" and not (zero.get("stage") == 3 and offloads["offload_param"]):
         raise UserError(
             f"{file}: the zero3 placement needs zero_optimization.stage 3 with an offload_param device: "

@@ -101,7 +101,7 @@ def launcher_command(
         script: the script's path and options.
     """
     for name in ("num_gpus", "num_nodes"):
-        if (getattr(own, name) or 1) < 1:
+        if getattr(own, name) is not None and getattr(own, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     hosts = _read_hostfile(own.hostfile) if own.hostfile else {}
     nodes = own.num_nodes or max(1, len(hosts))

@@ -1,0 +1,224 @@
+"""Settings: one declaration serves the command line, the YAML file and the Python API."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from training.config import (
+    SETTINGS,
+    DataArguments,
+    ModelArguments,
+    Parser,
+    TrainingArguments,
+    UserError,
+    flag_of,
+    parse,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+USAGE_GUIDE = {
+    "--model-size": "tiny",
+    "--num-active-experts": 2,
+    "--epochs": 3,
+    "--batch-size": 4,
+    "--learning-rate": 1e-4,
+    "--local-learning-rate": 1e-3,
+    "--max-length": 512,
+    "--gradient-clip": 1.0,
+    "--output-dir": "./outputs",
+    "--logging-steps": 100,
+    "--eval-steps": 1000,
+    "--save-steps": 5000,
+}
+
+
+def test_no_arguments_are_the_defaults():
+    run = parse([])
+    assert (run.model, run.data, run.training) == (ModelArguments(), DataArguments(), TrainingArguments())
+    assert not run.dry_run and not run.list_datasets
+
+
+def test_usage_guide_names_and_defaults():
+    fields = {
+        flag_of(field): field.default for settings in SETTINGS for field in dataclasses.fields(settings)
+    }
+    assert {flag: fields[flag] for flag in USAGE_GUIDE} == USAGE_GUIDE
+
+
+def test_field_names_and_flags_are_unique():
+    names = [name for s in SETTINGS for f in dataclasses.fields(s) for name in {f.name, flag_of(f)[2:]}]
+    assert len(names) == len(set(names))
+
+
+def other_value(field: dataclasses.Field):
+    """A legal value that is not the default, and the words that set it."""
+    if isinstance(field.default, bool) or field.name == "offload_to_cpu":
+        return not field.default, [flag_of(field)]
+    choices = field.metadata["choices"]
+    if choices:
+        value = next(choice for choice in choices if choice not in (field.default, "custom"))
+        return value, [flag_of(field), value]
+    if field.type is str or field.type == (str | None):
+        return "x/y z", [flag_of(field), "x/y z"]
+    value = (field.default or 2) / 2 if field.type is float else (field.default or 2) + 1
+    return value, [flag_of(field), str(value)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"), [(s, f.name) for s in SETTINGS for f in dataclasses.fields(s)], ids=lambda x: str(x)
+)
+def test_every_field_is_set_by_its_flag(settings, name):
+    field = next(f for f in dataclasses.fields(settings) if f.name == name)
+    value, words = other_value(field)
+    if name in ("hidden_size", "num_layers"):
+        words = ["--model-size=custom", "--num-experts=8", "--hidden-size=3", "--num-layers=3"]
+    run = parse(words)
+    found = next(s for s in (run.model, run.data, run.training) if isinstance(s, settings))
+    assert getattr(found, name) == value != field.default
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--epoch", "3"], "unknown option --epoch: did you mean --epochs?"),
+        (["--batchsize=3"], "unknown option --batchsize: did you mean --batch-size?"),
+        (["--zzzz"], "unknown option --zzzz; --help lists all"),
+        (["--epochs", "1", "--epochs", "2"], "--epochs is set twice"),
+        (["--batch-size=1", "--batch_size=2"], "--batch-size is set twice"),
+        (["--offload-to-cpu", "--no-offload-to-cpu"], "is set twice"),
+        (["--epochs"], "--epochs: expected one argument"),
+        (["--epochs", "2.5"], "--epochs (num_train_epochs) must be a whole number, not '2.5'"),
+        (["--epochs", "0"], "--epochs (num_train_epochs) must be at least 1, not 0"),
+        (["--learning-rate", "fast"], "--learning-rate must be a number, not 'fast'"),
+        (["--learning-rate", "nan"], "--learning-rate must be a number"),
+        (["--learning-rate", "inf"], "--learning-rate must be a number"),
+        (["--validation-fraction", "0.9"], "must be at most 0.5"),
+        (["--model-size", "350m"], "did you mean 350M?"),
+        (["--lr-scheduler", "cosin"], "did you mean cosine?"),
+        (["--report-to", "wandb,tensorbord"], "did you mean tensorboard?"),
+        (["--report-to", "wandb,none"], "none cannot stand beside others"),
+        (["--dataset", ""], "--dataset must not be empty"),
+        (["--hidden-size", "64"], "use --model-size custom"),
+        (["--model-size", "custom", "--num-layers", "2"], "needs --hidden-size and --num-experts"),
+        (["--placement", "zero3", "--offload-to-cpu"], "both set the placement"),
+        (["stray"], "unexpected argument 'stray'"),
+    ],
+)
+def test_bad_words_are_one_clear_line(words, message):
+    with pytest.raises(UserError) as caught:
+        parse(words)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", "line 1: unknown setting epoch: did you mean epochs?"),
+        ("seed: 1\nepochs: 5\nnum_train_epochs: 3", "line 3: num_train_epochs is set twice"),
+        ("seed: 1\nseed: 2", "line 2: seed is set twice"),
+        ("- seed", "setting: value"),
+        ("seed: [", "not YAML"),
+        ("seed: [1]", "--seed must be a whole number, not [1]"),
+        ("seed: true", "--seed must be a whole number"),
+        ("deterministic: 1", "--deterministic must be true or false, not 1"),
+        ("dataset: {a: b}", "--dataset must be a text"),
+        ("seed: null", "--seed needs a value"),
+    ],
+)
+def test_bad_yaml_is_one_clear_line(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        parse(["--config", str(path)])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_yaml_names_the_file(tmp_path):
+    with pytest.raises(UserError, match=r"nothing\.yaml: No such file"):
+        parse(["--config", str(tmp_path / "nothing.yaml")])
+
+
+def test_flags_override_the_yaml_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("epochs: 5\nlearning_rate: 1e-3\nreport-to: none\ndeterministic: true\ndataset: 7\n")
+    run = parse(["--config", str(path), "--epochs", "2", "--no-deterministic"])
+    assert run.training.num_train_epochs == 2
+    assert run.training.learning_rate == 1e-3
+    assert run.training.reporters == ["none"]
+    assert run.training.deterministic is False
+    assert run.data.dataset == "7"
+
+
+def test_python_api_gives_the_same_errors():
+    with pytest.raises(UserError, match="did you mean linear"):
+        TrainingArguments(lr_scheduler_type="linaer")
+    with pytest.raises(UserError, match="at least 1"):
+        DataArguments(max_samples=0)
+    assert TrainingArguments(output_dir=Path("a") / "b").output_dir == "a/b"
+
+
+@pytest.mark.parametrize(
+    ("words", "placement"),
+    [
+        ([], "auto"),
+        (["--offload-to-cpu"], "zero3"),
+        (["--no-offload-to-cpu"], "resident"),
+        (["--placement", "zero3"], "zero3"),
+    ],
+)
+def test_offload_flags_request_a_placement(words, placement):
+    assert parse(words).training.requested_placement == placement
+
+
+def test_underscored_spellings_are_accepted():
+    run = parse(["--learning_rate", "1e-3", "--deepspeed_config=my_ds_config.json"])
+    assert run.training.learning_rate == 1e-3
+    assert run.training.deepspeed_config == "my_ds_config.json"
+
+
+@pytest.mark.parametrize("word", ["--local_rank=3", "--local-rank=3"])
+def test_the_launcher_adds_a_local_rank(word):
+    assert parse([word]).local_rank == 3
+
+
+def test_help_names_every_flag_and_imports_no_torch():
+    program = (
+        "import sys; from training.config import parse\n"
+        "try: parse(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted(set(sys.modules) & {'torch', 'deepspeed', 'transformers', 'datasets'}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+    for settings in SETTINGS:
+        for field in dataclasses.fields(settings):
+            assert flag_of(field) in done.stdout
+
+
+def test_parser_takes_no_abbreviation():
+    parser = Parser()
+    parser.add_argument("--temperature", type=float)
+    with pytest.raises(UserError, match="did you mean --temperature"):
+        parser.parse_args(["--temp", "1"])
+
+
+@pytest.mark.parametrize(("rank", "start"), [("0", "error: it is"), ("3", "error (rank 3): it is")])
+def test_a_script_answers_a_user_error_with_one_line(rank, start):
+    program = (
+        "from training.config import UserError, run_script\n"
+        "def main(): raise UserError('it is so')\n"
+        "run_script(main)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env={"RANK": rank}
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(start) and done.stderr.count("\n") == 1

@@ -1,0 +1,236 @@
+"""Every shipped JSON is one DeepSpeed takes; every mistake in one is named."""
+
+import json
+
+import pytest
+
+from training.config import TrainingArguments, UserError
+from training.deepspeed_config import (
+    DIRECTORY,
+    NOMINAL_PARAMETERS,
+    check_nvme,
+    default_path,
+    load,
+    nearest_preset,
+    placement_of,
+    precision_of,
+)
+
+SHIPPED = sorted(path.name for path in DIRECTORY.glob("*.json"))
+MACHINES = ("consumer", "consumer_nvme", "a100_node", "a100_cluster")
+
+
+def placement_named(name: str) -> str:
+    return "zero3" if "consumer" in name or "zero3" in name else "resident"
+
+
+def load_text(tmp_path, text: str | dict, placement="resident", precision="bf16", world_size=1, **arguments):
+    path = tmp_path / "ds.json"
+    path.write_text(text if isinstance(text, str) else json.dumps(text))
+    args = TrainingArguments(**arguments)
+    return load(path, args, placement=placement, precision=precision, world_size=world_size)
+
+
+def test_every_preset_has_every_machine_class():
+    assert set(SHIPPED) == {f"{p}_{m}.json" for p in NOMINAL_PARAMETERS for m in MACHINES} | {
+        "cpu.json",
+        "cpu_zero3.json",
+    }
+
+
+def test_readme_names_every_machine_class_and_preset():
+    text = (DIRECTORY / "README.md").read_text()
+    for name in ["`cpu.json`", "`cpu_zero3.json`", *(f"`<preset>_{machine}.json`" for machine in MACHINES)]:
+        assert name in text
+    for preset in NOMINAL_PARAMETERS:
+        assert f"| `{preset}` |" in text
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_files_load_into_deepspeed(name, precision):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    args = TrainingArguments(per_device_train_batch_size=2, gradient_accumulation_steps=3, gradient_clip=0.5)
+    config = load(name, args, placement=placement_named(name), precision=precision, world_size=1)
+    assert "auto" not in json.dumps(config)
+    understood = DeepSpeedConfig(config)
+    assert understood.train_batch_size == 6
+    assert understood.train_micro_batch_size_per_gpu == 2
+    assert understood.gradient_accumulation_steps == 3
+    assert understood.gradient_clipping == 0.5
+    assert understood.bfloat16_config.enabled == (precision == "bf16")
+    assert understood.float16_config.enabled == (precision == "fp16")
+    assert precision_of(config) == precision
+    assert placement_of(name) == placement_named(name)
+    with pytest.raises(UserError):
+        wrong = "zero3" if placement_named(name) == "resident" else "resident"
+        load(name, args, placement=wrong, precision=precision, world_size=1)
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if "consumer" in name])
+def test_consumer_files_keep_little_in_gpu_memory(name):
+    zero = json.loads((DIRECTORY / name).read_text())["zero_optimization"]
+    assert zero["stage3_max_live_parameters"] <= 1e8
+    assert zero["stage3_prefetch_bucket_size"] <= 5e7
+    assert zero["reduce_bucket_size"] <= 5e7
+    assert zero["stage3_max_reuse_distance"] == 0
+
+
+def test_batch_arithmetic_counts_the_ranks(tmp_path):
+    config = load_text(
+        tmp_path,
+        {"train_batch_size": "auto", "gradient_clipping": "auto"},
+        world_size=4,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=5,
+    )
+    assert config["train_batch_size"] == 60
+    assert config["train_micro_batch_size_per_gpu"] == 3
+    assert config["gradient_clipping"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (("1B", "resident", "cpu", 2, 1), "cpu.json"),
+        (("tiny", "zero3", "cpu", 1, 1), "cpu_zero3.json"),
+        (("13B", "zero3", "cuda", 1, 1), "13B_consumer.json"),
+        (("3B", "resident", "cuda", 8, 1), "3B_a100_node.json"),
+        (("7B", "resident", "cuda", 16, 2), "7B_a100_cluster.json"),
+    ],
+)
+def test_default_path(arguments, name):
+    path = default_path(*arguments)
+    assert path.name == name and path.is_file()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "preset"),
+    [(1, "tiny"), (8e6, "tiny"), (5e8, "350M"), (1.2e9, "1B"), (5e9, "7B"), (1e12, "13B")],
+)
+def test_nearest_preset(parameters, preset):
+    assert nearest_preset(parameters) == preset
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"zero_optimisation": {}},
+            "zero_optimisation is no setting of DeepSpeed: did you mean zero_optimization?",
+        ),
+        ({"gradient_cliping": 1}, "did you mean gradient_clipping?"),
+        (
+            {"zero_optimization": {"stge": 1}},
+            "zero_optimization.stge is no setting of DeepSpeed: did you mean stage?",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_max_live_parameter": 1}},
+            "did you mean stage3_max_live_parameters?",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"devise": "cpu"}}},
+            "zero_optimization.offload_param.devise is no setting of DeepSpeed: did you mean device?",
+        ),
+        ({"zero_optimization": {"cpu_offload": True}}, "cpu_offload is no setting"),
+        ({"aio": {"block_sise": 1}}, "aio.block_sise is no setting of DeepSpeed: did you mean block_size?"),
+        ({"timers": {"throughput": {"enabledd": True}}}, "timers.throughput.enabledd"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage"),
+        ({"zero_optimization": {"reduce_bucket_size": -1}}, "zero_optimization.reduce_bucket_size"),
+        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, 'is "auto", which DeepSpeed drops'),
+        ({"zero_optimization": True}, "zero_optimization must be an object"),
+        ({"prescale_gradients": 1}, "prescale_gradients must be of type bool, not 1"),
+        ({"aio": {"queue_depth": "8"}}, "aio.queue_depth must be of type int"),
+        ({"train_batch_size": 32}, "train_batch_size is set by --batch-size, --gradient-accumulation-steps"),
+        ({"train_micro_batch_size_per_gpu": 4}, "is set by --batch-size"),
+        ({"gradient_accumulation_steps": 1}, "is set by --gradient-accumulation-steps"),
+        ({"gradient_clipping": 1.0}, "is set by --gradient-clip"),
+        ({"optimizer": {"type": "AdamW"}}, "optimizer is set by --learning-rate"),
+        ({"scheduler": {}}, "scheduler is set by --lr-scheduler"),
+        ({"wandb": {"enabled": True}}, "wandb is set by --report-to"),
+        ({"tensor_parallel": {}}, "tensor_parallel has no effect"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "both enabled"),
+        ({"bf16": True}, "bf16 must be an object"),
+        ({"fp16": {"enabled": True, "loss_scale": -1}}, "fp16.loss_scale"),
+        ({"bf16": {"enabled": "auto", "bf16_optimizer_states": True}}, "ZeRO Stage 1, 2, or 3"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+            "offload_param needs the zero3",
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
+            "offload_optimizer needs",
+        ),
+        ("{", "line 1: not JSON"),
+        ("[]", "expected an object"),
+        ('{"zero_optimization": {"stage": 1, "stage": 2}}', "stage is set twice"),
+    ],
+)
+def test_mistakes_are_one_clear_line(tmp_path, config, message):
+    with pytest.raises(UserError) as caught:
+        load_text(tmp_path, config)
+    assert message in str(caught.value)
+    assert "ds.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_zero3_needs_stage_3_with_parameter_offload(tmp_path):
+    for zero in ({"stage": 3}, {"stage": 2, "offload_optimizer": {"device": "cpu"}}, {}):
+        with pytest.raises(UserError, match="stage 3 with an offload_param device"):
+            load_text(tmp_path, {"zero_optimization": zero}, placement="zero3")
+
+
+def test_precision_has_one_owner(tmp_path):
+    switched = {"fp16": {"enabled": True, "initial_scale_power": 8}, "bf16": {"enabled": "auto"}}
+    config = load_text(tmp_path, switched, precision="bf16")
+    assert precision_of(config) == "fp16"
+    assert config["fp16"]["initial_scale_power"] == 8
+    args = TrainingArguments(precision="fp16")
+    with pytest.raises(UserError, match=r"fp16\.enabled and --precision both set the precision"):
+        load(tmp_path / "ds.json", args, placement="resident", precision="fp16", world_size=1)
+
+
+def test_an_inactive_precision_keeps_no_settings(tmp_path):
+    lean = {
+        "bf16": {"enabled": "auto", "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True},
+        "zero_optimization": {"stage": 1},
+    }
+    assert load_text(tmp_path, lean, precision="bf16")["bf16"]["bf16_optimizer_states"] is True
+    assert load_text(tmp_path, lean, precision="fp32")["bf16"] == {"enabled": False}
+
+
+def test_names_are_looked_up_among_the_shipped_files():
+    args = TrainingArguments()
+    expected = load(DIRECTORY / "cpu.json", args, placement="resident", precision="fp32", world_size=1)
+    for name in ("cpu", "cpu.json"):
+        assert load(name, args, placement="resident", precision="fp32", world_size=1) == expected
+    with pytest.raises(UserError, match=r"did you mean 13B_consumer\.json"):
+        load("13b_consumr", args, placement="resident", precision="fp32", world_size=1)
+
+
+def nvme(path: str | None) -> dict:
+    offload = {"device": "nvme"} if path is None else {"device": "nvme", "nvme_path": path}
+    return {"zero_optimization": {"stage": 3, "offload_param": offload}}
+
+
+def test_nvme_needs_a_writable_directory(tmp_path):
+    with pytest.raises(UserError, match='needs "nvme_path"'):
+        check_nvme(nvme(None))
+    with pytest.raises(UserError, match="no writable directory"):
+        check_nvme(nvme(str(tmp_path / "missing")))
+
+
+def test_nvme_needs_libaio(tmp_path):
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if AsyncIOBuilder().is_compatible(verbose=False):
+        check_nvme(nvme(str(tmp_path)))
+    else:
+        with pytest.raises(UserError, match="needs libaio"):
+            check_nvme(nvme(str(tmp_path)))
+
+
+def test_no_offload_needs_no_disk():
+    check_nvme({})
+    check_nvme({"zero_optimization": {"stage": 1}})

@@ -1,0 +1,133 @@
+"""Train a Mixture-of-Experts language model through DeepSpeed.
+
+    ./launch.sh train                                            # the tiny preset on the embedded data
+    ./launch.sh train --model-size 1B --dataset all --epochs 3   # everything after `train` comes here
+    deepspeed --num_gpus 8 train_ds.py --model-size 3B --dataset chat:2,my.jsonl:1
+    python train_ds.py --model-size tiny --device cpu --max-steps 20
+    python train_ds.py --resume outputs/pragnosia_1B_16experts_20260101-120000
+    python train_ds.py --model-size 13B --dry-run                # print the resolved settings and stop
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from training.config import RunArguments, UserError, parse, run_script
+
+
+def main() -> int:
+    run = parse()
+    if run.list_datasets:
+        from data.sources import list_datasets
+
+        print(list_datasets())
+        return 0
+    if run.training.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed looks for a GPU
+    if run.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    return dry_run(run) if run.dry_run else train(run)
+
+
+def settings_of(run: RunArguments) -> dict:
+    """All settings, for run.json and --dry-run."""
+    from dataclasses import asdict
+
+    return {"model": asdict(run.model), "data": asdict(run.data), "training": asdict(run.training)}
+
+
+def starting_point(run: RunArguments):
+    """(configuration, tokenizer, weights or None) from --resume, --init-from or --model-size."""
+    from data.tokenizer_asset import load_tokenizer
+    from model.presets import config_from_arguments
+    from training import checkpoint as disk
+    from training.weights import directory_weights
+
+    origin = None
+    if run.training.resume:
+        origin = disk.resolve_checkpoint(run.training.resume) / "model"
+    elif run.model.init_from:
+        origin = disk.resolve_model(run.model.init_from, "--init-from")
+    if origin is None:
+        tokenizer = load_tokenizer(run.model.tokenizer)
+        config = config_from_arguments(
+            run.model, vocab_size=len(tokenizer), max_position_embeddings=max(4096, run.data.max_length)
+        )
+        return config, tokenizer, None
+    config = disk.load_config(origin)
+    config.router_aux_loss_coef, config.router_z_loss_coef = (
+        run.model.router_aux_loss_coef,
+        run.model.router_z_loss_coef,
+    )
+    tokenizer = disk.load_tokenizer_for(origin, config)
+    if run.model.tokenizer and load_tokenizer(run.model.tokenizer).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"--tokenizer {run.model.tokenizer} is not the tokenizer of {origin}: leave --tokenizer out"
+        )
+    return config, tokenizer, None if run.training.resume else directory_weights(origin)
+
+
+def dry_run(run: RunArguments) -> int:
+    """Print the resolved settings, the plan and its memory estimate."""
+    from training.plan import make_plan, resolve_device
+
+    config, tokenizer, _ = starting_point(run)
+    device = resolve_device(run.training.device)
+    plan = make_plan(
+        config,
+        run.training,
+        size=run.model.model_size,
+        max_length=run.data.max_length,
+        device=device,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+    )
+    print(json.dumps({**settings_of(run), "deepspeed": plan.ds_config}, indent=1))
+    print("\n".join(plan.lines(run.training, run.data.max_length)))
+    return 0
+
+
+def train(run: RunArguments) -> int:
+    """The whole job: data, training, validation, sample answers, and where everything is."""
+    from data.loader import prepare
+    from inference.generation import sample_answers
+    from training.engine import start_ranks
+    from training.plan import resolve_device
+    from training.pretrainer import Interrupted, Pretrainer
+
+    ranks = start_ranks(resolve_device(run.training.device), run.local_rank)
+    say = print if ranks.rank == 0 else lambda *_args: None
+    config, tokenizer, weights = starting_point(run)
+    data = prepare(run.data, tokenizer, run.training.seed, ranks.rank, ranks.world_size)
+    trainer = Pretrainer(
+        model=config,
+        args=run.training,
+        train_dataset=data,
+        tokenizer=tokenizer,
+        data_args=run.data,
+        init_from=weights,
+        name=run.model.model_size,
+        settings=settings_of(run),
+    )
+    say("\n".join(trainer.plan.lines(run.training, run.data.max_length)))
+    for source in data.report:
+        say(f"data        {source['dataset']}: {source['source']}, {source['rows']:,} rows ({source['licence']})")
+    say(f"run         {trainer.run_dir}")
+    sys.stdout.flush()
+    try:
+        run_dir = trainer.train()
+    except Interrupted as stop:
+        say(f"{stop}\nresume with: --resume {trainer.run_dir}")
+        return 128 + stop.signal_number
+    for question, answer in sample_answers(trainer.engine.module, tokenizer, data.validation_examples):
+        say(f"\n> {question.strip()}\n{answer.strip()}")
+    chat = Path(__file__).parent / "launch.sh"
+    say(f"\nsaved       {run_dir / 'final_model'}\nchat with   {chat} chat --checkpoint {run_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_args: sys.exit(143))  # until the run installs its own handler
+    run_script(main)

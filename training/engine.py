@@ -1,0 +1,122 @@
+"""From a configuration to a DeepSpeed engine: process group, placed model, parameter groups, optimizer."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+from torch import nn
+
+from experts import bank_builder
+from model import PragnosiaConfig, PragnosiaForCausalLM
+from training.config import TrainingArguments
+from training.weights import Source, fill
+
+# DeepSpeed 0.19 calls names that torch 2.13 deprecates, once a collective.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+ADAM_BETAS = (0.9, 0.95)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+
+def start_ranks(device_type: str, local_rank: int = 0) -> Ranks:
+    """Join the process group that the launcher describes; without a launcher, be the only rank."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+    local_rank = int(os.environ.get("LOCAL_RANK", local_rank))
+    if device_type == "cuda":
+        torch.cuda.set_device(local_rank)
+    if not torch.distributed.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if device_type == "cuda" else "gloo", verbose=False)
+    device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
+    return Ranks(torch.distributed.get_rank(), local_rank, torch.distributed.get_world_size(), device)
+
+
+def build_model(
+    config: PragnosiaConfig,
+    source: Source,
+    ds_config: dict,
+    *,
+    placement: str,
+    page_size: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> PragnosiaForCausalLM:
+    """The placed model with weights from `source`.
+
+    Under ZeRO-3 each module is partitioned as soon as it exists, so the whole model never stands in one place.
+    """
+    zero3 = ds_config["zero_optimization"]["stage"] == 3
+    context = deepspeed.zero.Init(config_dict_or_path=ds_config, dtype=dtype) if zero3 else nullcontext()
+    with context, nullcontext() if zero3 else torch.device("meta"):
+        model = PragnosiaForCausalLM(config, bank_builder(placement, page_size))
+    if not zero3:
+        model = model.to(dtype).to_empty(device=device)
+        model.tie_weights()
+    fill(model, source)
+    return model
+
+
+def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict]:
+    """Experts with their own learning rate; matrices with weight decay, norms without."""
+    groups = {
+        name: {"params": [], "lr": rate, "weight_decay": decay, "name": name}
+        for name, rate, decay in (
+            ("dense", args.learning_rate, args.weight_decay),
+            ("norms", args.learning_rate, 0.0),
+            ("experts", args.local_learning_rate, args.weight_decay),
+        )
+    }
+    for name, parameter in model.named_parameters():
+        kind = "experts" if ".experts." in name else "norms" if re.search(r"norm\.weight$", name) else "dense"
+        groups[kind]["params"].append(parameter)
+    return list(groups.values())
+
+
+def build_optimizer(groups: list[dict], ds_config: dict) -> torch.optim.Optimizer:
+    """AdamW where its state lives: DeepSpeed's CPU Adam for offloaded state, torch's fused AdamW otherwise."""
+    if ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        lean = ds_config["bf16"].get("bf16_optimizer_states", False)
+        return DeepSpeedCPUAdam(groups, betas=ADAM_BETAS, adamw_mode=True, fp32_optimizer_states=not lean)
+    return torch.optim.AdamW(groups, betas=ADAM_BETAS, fused=True)
+
+
+def build_engine(
+    model: PragnosiaForCausalLM, args: TrainingArguments, ds_config: dict
+) -> deepspeed.DeepSpeedEngine:
+    """The engine that owns the model, its optimizer and its gradients from here on."""
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = build_optimizer(parameter_groups(model, args), ds_config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    return engine
+
+
+def set_learning_rates(engine: deepspeed.DeepSpeedEngine, args: TrainingArguments, factor: float) -> None:
+    """Scale both base rates; groups keep their order through every DeepSpeed optimizer."""
+    for group in engine.optimizer.param_groups:
+        rate = args.local_learning_rate if group["name"] == "experts" else args.learning_rate
+        group["lr"] = rate * factor

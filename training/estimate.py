@@ -1,0 +1,66 @@
+"""Memory of a run before it starts. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from model.config import PragnosiaConfig
+
+LOSS_CHUNK_BYTES = (
+    2048 * 4 * 3
+)  # a vocabulary entry: fp32 logits, their softmax and its gradient, 2,048 targets
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on each GPU (or, without one, of the process) and on the host, a rank."""
+
+    device: float
+    host: float
+
+    def __str__(self) -> str:
+        return f"{self.device / 1e9:.2f} GB device, {self.host / 1e9:.2f} GB host a rank"
+
+
+def estimate(
+    config: PragnosiaConfig,
+    ds_config: dict,
+    *,
+    placement: str,
+    page_size: int | None,
+    precision: str,
+    micro_batch_size: int,
+    max_length: int,
+    checkpointing: bool,
+    world_size: int,
+) -> MemoryEstimate:
+    """Weights, gradients, AdamW state and activations under a placement and a ZeRO stage.
+
+    A weight in training takes 2 bytes, its gradient 2, master copy and moments 12 (fp32 throughout: 4, 4, 8).
+    ZeRO divides state from stage 1, gradients from 2, weights from 3 by the ranks.
+    """
+    weight, state = (4, 8) if precision == "fp32" else (2, 12)
+    zero = ds_config["zero_optimization"]
+    stage, parameters = zero["stage"], config.num_params()
+    share = [1 / world_size if stage >= needed else 1 for needed in (3, 2, 1)]
+    weights, gradients, states = (
+        parameters * size * part for size, part in zip((weight, weight, state), share, strict=True)
+    )
+    tokens = micro_batch_size * max_length
+    width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    routed = config.num_experts_per_tok * (4 * config.moe_intermediate_size + 3 * width)
+    layer = tokens * weight * (12 * width + 6 * heads + routed)
+    kept = tokens * weight * width if checkpointing else layer
+    activations = kept * config.num_hidden_layers + (layer if checkpointing else 0)
+    activations += min(tokens, 2048) / 2048 * LOSS_CHUNK_BYTES * config.vocab_size
+    if placement == "zero3":
+        # On the device: what is fetched at once, and one gradient bucket.
+        live = zero.get("stage3_max_live_parameters", 1e9) + zero.get("stage3_prefetch_bucket_size", 5e7)
+        page = page_size * config.expert_params()
+        working = weight * (
+            min(live, parameters) + page + min(zero.get("reduce_bucket_size", 5e8), parameters)
+        )
+        return MemoryEstimate(activations + working, weights + gradients + states)
+    return MemoryEstimate(weights + gradients + states + activations, 1.5e9)

@@ -1,0 +1,491 @@
+"""The training run: engine, data, steps, validation, checkpoints, export.
+
+    from model.presets import preset_config
+    from training import Pretrainer, TrainingArguments
+
+    Pretrainer(
+        model=preset_config("tiny"),
+        args=TrainingArguments(output_dir="outputs", num_train_epochs=1),
+        train_dataset=[{"question": "2 + 2?", "answer": "4"}],
+    ).train()
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import deepspeed
+import numpy
+import torch
+import torch.distributed as dist
+
+from data.loader import Data, TrainLoader, prepare_rows
+from data.tokenizer_asset import load_tokenizer
+from inference.evaluation import evaluate_loss
+from model import PragnosiaConfig, PragnosiaForCausalLM
+from training import checkpoint as disk
+from training.config import DataArguments, TrainingArguments, UserError
+from training.engine import DTYPES, build_engine, build_model, set_learning_rates, start_ranks
+from training.export import export_model, probe_logits, verify_export
+from training.metrics import MetricsLog, duration, memory_metrics, perplexity, router_load_metrics
+from training.plan import Plan, make_plan, resolve_device
+from training.schedule import learning_rate_factor
+from training.step import StepResult, reduce_results, train_step
+from training.universal import to_universal
+from training.weights import Source, initial_weights, model_weights
+
+STATE_TAG = "state"
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved itself; `signal_number` says how it was asked."""
+
+    def __init__(self, signal_number: int, checkpoint: Path):
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}; saved {checkpoint}")
+        self.signal_number = signal_number
+
+
+class Pretrainer:
+    """Trains a model on a dataset through DeepSpeed; every rank makes one and calls `train`.
+
+    Args:
+        model: a configuration, or a model in memory whose weights are the starting point.
+        args: how to train.
+        train_dataset: `data.loader.Data`, or rows: {"messages"}, {"prompt", "answer"}, {"question", "answer"} or
+            {"text"}.
+        tokenizer: default the one in data/tokenizer.
+        data_args: row length and the like, for rows.
+        init_from: weights to start from instead of random ones.
+        name: model size in the run's directory name.
+        settings: recorded in run.json.
+
+    Raises:
+        UserError: settings or data that cannot work.
+    """
+
+    def __init__(
+        self,
+        model: PragnosiaConfig | PragnosiaForCausalLM,
+        args: TrainingArguments,
+        train_dataset: Data | Iterable,
+        *,
+        tokenizer=None,
+        data_args: DataArguments | None = None,
+        init_from: Source | None = None,
+        name: str = "custom",
+        settings: dict | None = None,
+    ):
+        self.args = args
+        self.device_type = resolve_device(args.device)
+        self.ranks = start_ranks(self.device_type)
+        self.is_main = self.ranks.rank == 0
+        self.tokenizer = tokenizer or load_tokenizer()
+        self.data_args = data_args or DataArguments()
+        if isinstance(model, PragnosiaForCausalLM):
+            init_from, model = model_weights(model), model.config
+        self.config = model
+        self.name, self.settings = name, settings or {}
+        disk.check_vocabulary(self.tokenizer, self.config, "this run")
+        self.config.pad_token_id = self.tokenizer.pad_token_id
+        self.config.eos_token_id = self.tokenizer.eos_token_id
+        self.source = init_from or initial_weights(args.seed, self.config.initializer_range)
+        if not isinstance(train_dataset, Data):
+            train_dataset = prepare_rows(train_dataset, self.data_args, self.tokenizer, args.seed)
+        self.data = train_dataset
+        self.plan: Plan = make_plan(
+            self.config,
+            args,
+            size=name,
+            max_length=self.data_args.max_length,
+            device=self.device_type,
+            world_size=self.ranks.world_size,
+        )
+        self.resume_from = disk.resolve_checkpoint(args.resume) if args.resume else None
+        self.run_dir = self._run_directory()
+        self.step = self.epoch = self.step_in_epoch = self.bad_steps = self.bad_validations = self.tokens = 0
+        self.best_loss = float("inf")
+        self.last_saved = -1
+        self.signal_number = 0
+
+    # -- the run ---------------------------------------------------------------------------------------------
+
+    def train(self) -> Path:
+        """Run to the end and return the run's directory.
+
+        Raises:
+            Interrupted: after SIGINT or SIGTERM, with interrupted_checkpoint/ written.
+            UserError: the loss is not finite for too long, or the export cannot be verified.
+        """
+        self._set_seeds()
+        self.loader = TrainLoader(
+            self.data.train,
+            micro_batch_size=self.args.per_device_train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            seed=self.args.seed,
+            num_workers=self.data_args.num_workers,
+        )
+        self.total_steps = self._total_steps()
+        self._build()
+        self.log = MetricsLog(
+            self.run_dir, self.args.reporters, self.settings, active=self.is_main, resume_step=self.step
+        )
+        if self.is_main:
+            disk.write_json(self.run_dir / "run.json", self._record())
+        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._train_epochs()
+            self._finish()
+        except Interrupted:
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            self._emergency(error)
+            raise
+        finally:
+            self.log.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return self.run_dir
+
+    def _train_epochs(self) -> None:
+        self.log.start_bar(self.step, self.total_steps)
+        window: list[StepResult] = []
+        window_start, waited = time.perf_counter(), 0.0
+        while not self._done():
+            batches = iter(self.loader.epoch(self.epoch, self.step_in_epoch))
+            while not self._done():
+                asked = time.perf_counter()
+                microbatches = next(batches, None)
+                waited += time.perf_counter() - asked
+                if microbatches is None:
+                    break
+                window.append(self._step(microbatches))
+                if self.step % self.args.logging_steps == 0 or self._done():
+                    self._log(window, time.perf_counter() - window_start, waited)
+                    window = []
+                    window_start, waited = time.perf_counter(), 0.0
+                if self.step % self.args.eval_steps == 0 and self._validate():
+                    self.total_steps = self.step
+                if self.args.save_strategy == "steps" and self.step % self.args.save_steps == 0:
+                    self.save(f"checkpoint-{self.step}")
+                self._stop_if_asked()
+            if microbatches is None:
+                self.epoch, self.step_in_epoch = self.epoch + 1, 0
+                if self.args.save_strategy != "no" and self.last_saved != self.step:
+                    self.save(f"checkpoint-{self.step}")
+
+    def _step(self, microbatches: list[dict]) -> StepResult:
+        factor = learning_rate_factor(
+            self.args.lr_scheduler_type, self.step, self.total_steps or self.step + 1, self.args.warmup_steps
+        )
+        set_learning_rates(self.engine, self.args, factor)
+        self.learning_rates = (self.args.learning_rate * factor, self.args.local_learning_rate * factor)
+        result = train_step(self.engine, microbatches)
+        self.step += 1
+        self.step_in_epoch += 1
+        self.log.advance()
+        self.bad_steps = 0 if result.applied else self.bad_steps + 1
+        if not result.applied:
+            self.log.say(f"step {self.step}: loss or gradient is not finite, weights not updated")
+        if self.bad_steps >= self.args.max_nan_steps:
+            good = [path.name for path in disk.checkpoints(self.run_dir)]
+            raise UserError(
+                f"loss not finite for {self.bad_steps} steps in a row (--max-nan-steps), stopped at step {self.step}: "
+                f"lower --learning-rate or --local-learning-rate and --resume "
+                f"{self.run_dir / good[-1] if good else 'an earlier run (no checkpoint was written yet)'}"
+            )
+        return result
+
+    def _done(self) -> bool:
+        return self.total_steps is not None and self.step >= self.total_steps
+
+    def _total_steps(self) -> int | None:
+        per_epoch = self.loader.steps_per_epoch
+        if self.args.max_steps is not None:
+            return self.args.max_steps
+        if per_epoch is None:
+            raise UserError("--streaming needs --max-steps: the length of a stream is not known beforehand")
+        return per_epoch * self.args.num_train_epochs
+
+    # -- what a person sees ----------------------------------------------------------------------------------
+
+    def _log(self, window: list[StepResult], seconds: float, waited: float) -> None:
+        sums, load_LE = reduce_results(window)
+        targets, tokens = max(1.0, sums["targets"]), max(1.0, sums["tokens"])
+        self.tokens += int(sums["tokens"])
+        rows = len(window) * self.plan.ds_config["train_batch_size"]
+        loss = sums["loss_sum"] / targets
+        metrics = {
+            "loss": loss,
+            "perplexity": perplexity(loss),
+            "learning_rate": self.learning_rates[0],
+            "local_learning_rate": self.learning_rates[1],
+            "tokens_per_second": sums["tokens"] / seconds,
+            "samples_per_second": rows / seconds,
+            "step_seconds": seconds / len(window),
+            "data_wait_seconds": waited / len(window),
+            "epoch": self.epoch + self.step_in_epoch / (self.loader.steps_per_epoch or 1),
+            "tokens": self.tokens,
+            "router/balance_loss": sums["balance"] / tokens,
+            "router/z_loss": sums["z"] / tokens,
+            "router/entropy": sums["entropy"] / tokens,
+            **({} if load_LE is None else router_load_metrics(load_LE)),
+            **memory_metrics(self.ranks.device),
+        }
+        if window[-1].grad_norm is not None:
+            metrics["grad_norm"] = window[-1].grad_norm
+        eta = ""
+        if self.total_steps is not None:
+            metrics["eta_seconds"] = (self.total_steps - self.step) * seconds / len(window)
+            eta = f"  eta {duration(metrics['eta_seconds'])}"
+        self.log.write(self.step, metrics)
+        memory = metrics.get("memory/gpu_peak_gb", metrics["memory/host_gb"])
+        self.log.say(
+            f"step {self.step}/{self.total_steps or '?'}  loss {loss:.4f}  ppl {metrics['perplexity']:.4g}  "
+            f"lr {self.learning_rates[0]:.2e}/{self.learning_rates[1]:.2e}  grad {metrics.get('grad_norm', 0):.2f}  "
+            f"{metrics['tokens_per_second']:,.0f} tok/s  {memory:.2f} GB  load cv {metrics.get('router/load_cv', 0):.2f}"
+            f"{eta}"
+        )
+
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Validation loss of each family and overall."""
+        return evaluate_loss(
+            self.engine,
+            self.data.validation,
+            batch_size=self.args.per_device_train_batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            device=self.ranks.device,
+        )
+
+    def _validate(self) -> bool:
+        """Validate and log; True when patience has run out."""
+        results = self.evaluate()
+        self.log.write(
+            self.step,
+            {
+                f"validation/{family}/{key}": row[key]
+                for family, row in results.items()
+                for key in ("loss", "perplexity", "bits_per_byte")
+            },
+        )
+        families = "  ".join(f"{family} {row['loss']:.4f}" for family, row in results.items())
+        self.log.say(f"step {self.step}  validation loss: {families}")
+        self.validated = (self.step, results)
+        loss = results["overall"]["loss"]
+        self.bad_validations = 0 if loss < self.best_loss else self.bad_validations + 1
+        self.best_loss = min(self.best_loss, loss)
+        patience = self.args.early_stopping_patience
+        if patience is None or self.bad_validations < patience:
+            return False
+        self.log.say(f"no better validation loss {patience} times in a row: stopping early")
+        return True
+
+    def _finish(self) -> None:
+        """Validate, export, verify."""
+        if getattr(self, "validated", (None,))[0] != self.step:
+            self._validate()
+        final, temporary = self.run_dir / "final_model", self.run_dir / ".tmp-final_model"
+        self._export(temporary, self.args.export_format)
+        expected = probe_logits(self.engine.module, self.ranks.device)
+        if self.is_main:
+            verify_export(temporary, expected, DTYPES[self.plan.precision], self._verify_device())
+            disk.publish(temporary, final)
+        dist.barrier()
+
+    def _verify_device(self) -> torch.device:
+        """Where the whole model fits: the GPU beside a resident model, the host for a paged one."""
+        return self.ranks.device if self.plan.placement == "resident" else torch.device("cpu")
+
+    # -- state -----------------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        args, resume = self.args, self.resume_from
+        ds_config, universal = self.plan.ds_config, None
+        if resume is not None:
+            state = disk.read_state(resume)
+            universal = self._universal(resume, state)
+            if universal:
+                ds_config = {**ds_config, "checkpoint": {**ds_config.get("checkpoint", {}), "load_universal": True}}
+        model = build_model(
+            self.config,
+            self.source,
+            ds_config,
+            placement=self.plan.placement,
+            page_size=self.plan.page_size,
+            device=self.ranks.device,
+            dtype=DTYPES[self.plan.precision],
+        )
+        self.engine = build_engine(model, args, ds_config)
+        if resume is None:
+            return
+        where, tag = (universal.parent, universal.name) if universal else (resume, STATE_TAG)
+        self.engine.load_checkpoint(str(where), tag=tag)
+        self._restore(resume, state)
+        dist.barrier()
+        if universal and self.is_main:
+            shutil.rmtree(universal)
+
+    def _universal(self, resume: Path, state: dict) -> Path | None:
+        """DeepSpeed's layout-free form of a checkpoint, made where the number of ranks has changed."""
+        if state["world_size"] == self.ranks.world_size:
+            return None
+        if self.plan.ds_config["zero_optimization"]["stage"] == 0:
+            return None  # every rank holds everything: any number of ranks can read it
+        target = self.run_dir / ".tmp-universal"
+        if self.is_main:
+            to_universal(resume / STATE_TAG, target)
+        dist.barrier()
+        return target
+
+    def save(self, name: str) -> Path:
+        """Write checkpoint `name` of the run; collective."""
+        final, temporary = self.run_dir / name, self.run_dir / f".tmp-{name}"
+        if self.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+        dist.barrier()
+        self.engine.save_checkpoint(str(temporary), tag=STATE_TAG, save_latest=False)
+        self._export(temporary / "model", "pragnosia")
+        torch.save(random_state(), temporary / f"rank-{self.ranks.rank}.pt")
+        dist.barrier()
+        if self.is_main:
+            disk.commit(temporary, final, self._trainer_state())
+            disk.prune(self.run_dir, self.args.keep_checkpoints)
+        dist.barrier()
+        self.last_saved = self.step
+        self.log.say(f"step {self.step}  saved {final}")
+        return final
+
+    def _export(self, directory: Path, export_format: str) -> None:
+        if self.is_main:
+            shutil.rmtree(directory, ignore_errors=True)
+        export_model(
+            self.engine.module, self.tokenizer, directory, export_format=export_format, write=self.is_main
+        )
+
+    def _trainer_state(self) -> dict:
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "step_in_epoch": self.step_in_epoch,
+            "rows_a_step": self.plan.ds_config["train_batch_size"],
+            "tokens": self.tokens,
+            "best_loss": self.best_loss,
+            "bad_validations": self.bad_validations,
+            "world_size": self.ranks.world_size,
+            "placement": self.plan.placement,
+            "zero_stage": self.plan.ds_config["zero_optimization"]["stage"],
+            "data": self.data.report,
+        }
+
+    def _restore(self, resume: Path, state: dict) -> None:
+        self.step, self.epoch, self.tokens = state["step"], state["epoch"], state["tokens"]
+        self.best_loss, self.bad_validations = state["best_loss"], state["bad_validations"]
+        # The order of rows does not depend on how they are grouped, so another batch size goes on at the same row.
+        rows = state["step_in_epoch"] * state["rows_a_step"]
+        self.step_in_epoch = -(-rows // self.plan.ds_config["train_batch_size"])
+        self.last_saved = self.step if resume.parent == self.run_dir else -1
+        own = resume / f"rank-{self.ranks.rank}.pt"
+        if own.exists() and state["world_size"] == self.ranks.world_size:
+            set_random_state(torch.load(own, weights_only=False))
+
+    def _emergency(self, error: BaseException) -> None:
+        """Save what there is. A rank that failed alone cannot save: the others are elsewhere in the step."""
+        if isinstance(error, UserError) or self.ranks.world_size > 1 or self.step == self.last_saved:
+            return
+        try:
+            self.log.say(f"{type(error).__name__}: saving an emergency checkpoint")
+            self.save("emergency_checkpoint")
+        except Exception as failure:
+            print(f"the emergency checkpoint could not be written: {failure}", file=sys.stderr)
+
+    def _on_signal(self, number: int, _frame) -> None:
+        if self.signal_number:
+            raise KeyboardInterrupt  # asked twice: leave now
+        self.signal_number = number
+
+    def _stop_if_asked(self) -> None:
+        number = self.signal_number
+        if self.ranks.world_size > 1:
+            flag = torch.tensor(number, device=self.ranks.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            number = int(flag)
+        if number:
+            raise Interrupted(number, self.save("interrupted_checkpoint"))
+
+    # -- set-up ----------------------------------------------------------------------------------------------
+
+    def _run_directory(self) -> Path:
+        """A new directory, or that of the resumed run; the same on every rank.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        name = f"pragnosia_{self.name}_{self.config.num_experts}experts_{time.strftime('%Y%m%d-%H%M%S')}"
+        box = [str(Path(self.args.output_dir).expanduser().absolute() / name), None]
+        if self.resume_from is not None:
+            box[0] = str(self.resume_from.absolute().parent)
+        if self.is_main:
+            try:
+                Path(box[0]).mkdir(parents=True, exist_ok=self.resume_from is not None)
+                (Path(box[0]) / ".tmp-probe").write_bytes(b"\0" * 4096)
+                disk.tidy(Path(box[0]))
+            except OSError as error:
+                box[1] = f"--output-dir {box[0]}: {error.strerror}: choose a directory that can be written"
+        dist.broadcast_object_list(box)
+        if box[1]:
+            raise UserError(box[1])
+        return Path(box[0])
+
+    def _record(self) -> dict:
+        return {
+            "command": sys.argv,
+            "settings": self.settings or {"training": asdict(self.args), "data": asdict(self.data_args)},
+            "model": self.config.to_dict(),
+            "parameters": {"total": self.config.num_params(), "active": self.config.active_params()},
+            "placement": self.plan.placement,
+            "deepspeed": self.plan.ds_config,
+            "estimate_bytes": asdict(self.plan.memory),
+            "data": self.data.report,
+            "versions": {
+                "python": sys.version.split()[0],
+                "torch": torch.__version__,
+                "deepspeed": deepspeed.__version__,
+            },
+            "device": torch.cuda.get_device_name() if self.device_type == "cuda" else "cpu",
+            "world_size": self.ranks.world_size,
+        }
+
+    def _set_seeds(self) -> None:
+        random.seed(self.args.seed)
+        numpy.random.seed(self.args.seed)
+        torch.manual_seed(self.args.seed)
+        torch.use_deterministic_algorithms(self.args.deterministic)
+
+
+def random_state() -> dict:
+    """State of every generator that training could draw from."""
+    return {
+        "python": random.getstate(),
+        "numpy": numpy.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_random_state(state: dict) -> None:
+    """Undo `random_state`."""
+    random.setstate(state["python"])
+    numpy.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

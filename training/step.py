@@ -1,0 +1,116 @@
+"""One optimizer step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class StepResult:
+    """What one step saw, on this rank until `reduce_results` sums it over ranks. Sums are fp64 on the device.
+
+    applied: whether the weights were updated. grad_norm: global norm before clipping.
+    """
+
+    applied: bool
+    sums: dict[str, Tensor]
+    load_LE: Tensor | None
+    grad_norm: float | None
+
+
+def train_step(engine, microbatches: list[Batch]) -> StepResult:
+    """Forward and backward of every microbatch, then the update.
+
+    The loss of the step is a sum over its target tokens divided by their global number N. DeepSpeed averages
+    gradients over W ranks, so rank r contributes W · Σ_{its targets} CE / N and the average is the exact
+    gradient of Σ_{all targets} CE / N, whatever the split into ranks and microbatches. `scale_wrt_gas=False`
+    because N already counts every microbatch.
+
+    A microbatch whose loss is not finite on some rank is left out on all of them. If a later one fails when
+    gradients have begun to accumulate, an empty batch takes its place, because DeepSpeed reduces gradients in
+    the last backward; if every one fails, the step is not applied.
+    """
+    device = engine.device
+    counts = torch.tensor([[count_targets(b), count_tokens(b)] for b in microbatches]).sum(0).to(device)
+    dist.all_reduce(counts)
+    num_targets, num_tokens = counts.tolist()
+    keys = ("loss_sum", "targets", "tokens", "balance", "z", "entropy")
+    sums = {key: torch.zeros((), dtype=torch.float64, device=device) for key in keys}
+    load_LE, grad_norm, applied = None, None, False
+    for index, batch in enumerate(microbatches):
+        is_last = index == len(microbatches) - 1
+        engine.set_gradient_accumulation_boundary(is_last)
+        targets, tokens = count_targets(batch), count_tokens(batch)
+        batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        output = engine(**batch, num_targets=num_targets, num_tokens=num_tokens)
+        if finite_everywhere(output.loss):
+            sums["loss_sum"] += output.loss_sum.detach()
+            sums["targets"] += targets
+            sums["tokens"] += tokens
+            sums["balance"] += output.balance_loss * tokens
+            sums["z"] += output.z_loss * tokens
+            sums["entropy"] += output.router_entropy * tokens
+            load_LE = output.load_LE if load_LE is None else load_LE + output.load_LE
+        elif not applied:
+            continue
+        else:
+            output = engine(**empty_like(batch), num_targets=num_targets, num_tokens=num_tokens)
+        applied = True
+        engine.backward(output.loss * dist.get_world_size(), scale_wrt_gas=False)
+        if is_last:
+            grad_norm = unclipped_norm(engine)
+        engine.step()
+    if applied and engine.get_global_grad_norm() is not None:
+        grad_norm = float(engine.get_global_grad_norm())
+    return StepResult(applied and engine.was_step_applied(), sums, load_LE, grad_norm)
+
+
+def count_targets(batch: Batch) -> int:
+    """Targets of a batch; position 0 has nothing to be predicted from."""
+    return int((batch["labels"][:, 1:] != -100).sum())
+
+
+def count_tokens(batch: Batch) -> int:
+    """Tokens that are not padding."""
+    return int((batch["document_ids"] > 0).sum())
+
+
+def empty_like(batch: Batch) -> Batch:
+    """A batch of the same shape without tokens and targets."""
+    return {key: torch.full_like(value, -100 if key == "labels" else 0) for key, value in batch.items()}
+
+
+def finite_everywhere(loss: Tensor) -> bool:
+    """Whether the loss is finite on all ranks."""
+    finite = loss.detach().isfinite().float()
+    if dist.get_world_size() > 1:
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    return bool(finite.item())
+
+
+def unclipped_norm(engine) -> float | None:
+    """The gradient norm where DeepSpeed computes none: plain fp32 without ZeRO, gradients already reduced."""
+    if engine.zero_optimization() or engine.bfloat16_enabled() or engine.fp16_enabled():
+        return None
+    return float(
+        torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    )
+
+
+def reduce_results(results: list[StepResult]) -> tuple[dict[str, float], Tensor | None]:
+    """Sums over the given steps and all ranks, and the summed router load [L, E] on CPU; collective."""
+    keys = list(results[0].sums)
+    total = torch.stack([sum(result.sums[key] for result in results) for key in keys])
+    loads = [result.load_LE for result in results if result.load_LE is not None]
+    load_LE = sum(loads) if loads else None
+    dist.all_reduce(total)
+    if load_LE is not None:
+        dist.all_reduce(load_LE)
+        load_LE = load_LE.cpu()
+    return dict(zip(keys, total.tolist(), strict=True)), load_LE
