@@ -21,8 +21,21 @@ _OPENINGS = (
 )
 INPUTS = {
     "number": (0, 1, 5, 9, 12, -3, 30),
-    "list": ([], [3, 1, 2], [5, 11, -2, 8], [10, 0, 7, 7, 4, -1, 3], [2, 4, 6, 9, 12, 15, 20, 31, 33, 11, 13, 5, 1, 8]),
-    "text": ("", "a", "level", "Hello World", "one two  three", "a responsibility of international organisations"),
+    "list": (
+        [],
+        [3, 1, 2],
+        [5, 11, -2, 8],
+        [10, 0, 7, 7, 4, -1, 3],
+        [2, 4, 6, 9, 12, 15, 20, 31, 33, 11, 13, 5, 1, 8],
+    ),
+    "text": (
+        "",
+        "a",
+        "level",
+        "Hello World",
+        "one two  three",
+        "a responsibility of international organisations",
+    ),
 }
 ARGUMENTS = {
     "number": ("x", "n", "value", "number"),

@@ -46,7 +46,9 @@ def conversations() -> Iterator[Example]:
                 roles = ("user", "assistant") * (len(piece) // 2)
                 yield Example(
                     family="chat",
-                    messages=[{"role": role, "content": turn} for role, turn in zip(roles, piece, strict=True)],
+                    messages=[
+                        {"role": role, "content": turn} for role, turn in zip(roles, piece, strict=True)
+                    ],
                     dataset="chitchat",
                     template=name,
                 )

@@ -13,7 +13,9 @@ WORDS = (
 ).split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
-UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
+UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
+)
 CAPITALS = {
     "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Japan": "Tokyo", "Egypt": "Cairo",
     "Norway": "Oslo", "Greece": "Athens", "Portugal": "Lisbon", "Poland": "Warsaw", "Austria": "Vienna",
@@ -25,7 +27,14 @@ OPPOSITES = {
     "light": "dark", "old": "young", "rich": "poor", "strong": "weak", "wet": "dry", "high": "low", "open": "closed",
     "near": "far", "up": "down", "first": "last", "loud": "quiet", "clean": "dirty", "true": "false",
 }  # fmt: skip
-_ASKING = ("{}", "Please do this: {}", "{} Give only the answer.", "Can you help me? {}", "Hello! {}", "{} Thanks!")
+_ASKING = (
+    "{}",
+    "Please do this: {}",
+    "{} Give only the answer.",
+    "Can you help me? {}",
+    "Hello! {}",
+    "{} Thanks!",
+)
 
 Maker = Callable[[random.Random], tuple[str, str]]
 
@@ -100,7 +109,10 @@ def _count_words(rng: random.Random) -> tuple[str, str]:
 
 def _first_letter(rng: random.Random) -> tuple[str, str]:
     words = _words(rng, 2)
-    return f"With which letters do the words {words[0]} and {words[1]} begin?", f"{words[0][0]} and {words[1][0]}"
+    return (
+        f"With which letters do the words {words[0]} and {words[1]} begin?",
+        f"{words[0][0]} and {words[1][0]}",
+    )
 
 
 def _join(rng: random.Random) -> tuple[str, str]:
@@ -130,7 +142,10 @@ def _next_day(rng: random.Random) -> tuple[str, str]:
 
 def _next_month(rng: random.Random) -> tuple[str, str]:
     month = rng.randrange(12)
-    return f"Which month comes after {MONTHS[month]}?", f"After {MONTHS[month]} comes {MONTHS[(month + 1) % 12]}."
+    return (
+        f"Which month comes after {MONTHS[month]}?",
+        f"After {MONTHS[month]} comes {MONTHS[(month + 1) % 12]}.",
+    )
 
 
 def _number_word(rng: random.Random) -> tuple[str, str]:

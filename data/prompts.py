@@ -33,7 +33,9 @@ Segment = tuple[str, bool]
 """A piece of text and whether it is an answer."""
 
 
-def prompt_text(messages: Sequence[dict[str, str]], prompt_format: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def prompt_text(
+    messages: Sequence[dict[str, str]], prompt_format: str, tokenizer: PreTrainedTokenizerBase
+) -> str:
     """The text a model continues with its answer; ``messages`` ends with the user's turn."""
     if prompt_format == "chat_template" and tokenizer.chat_template is not None:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
@@ -107,7 +109,10 @@ def encode_all(
 
 
 def encode(
-    example: Example, tokenizer: PreTrainedTokenizerBase, train_on_prompt: bool = False, max_length: int | None = None
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    train_on_prompt: bool = False,
+    max_length: int | None = None,
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels of one example, both cut to ``max_length``.
 

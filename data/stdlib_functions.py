@@ -16,7 +16,16 @@ from pathlib import Path
 
 from data.example import Example
 
-_LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
+_LEFT_OUT = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+}
 
 
 def stdlib_files() -> list[Path]:
@@ -56,7 +65,10 @@ def stdlib_functions(longest: int = 700) -> Iterator[Example]:
             made.append(
                 Example(
                     family="code",
-                    messages=[{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}],
+                    messages=[
+                        {"role": "user", "content": pair[0]},
+                        {"role": "assistant", "content": pair[1]},
+                    ],
                     dataset="stdlib",
                     template=path.relative_to(root).as_posix(),
                     prompt_format="task",

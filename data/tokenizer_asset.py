@@ -26,15 +26,21 @@ def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerBase:
 
     directory = Path(path or TOKENIZER_DIR).expanduser()
     if not directory.is_dir():
-        raise UserError(f"tokenizer directory {directory} does not exist; give --tokenizer a directory on this machine")
+        raise UserError(
+            f"tokenizer directory {directory} does not exist; give --tokenizer a directory on this machine"
+        )
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise UserError(f"{directory} holds no tokenizer.json; give --tokenizer a directory saved by save_pretrained")
+        raise UserError(
+            f"{directory} holds no tokenizer.json; give --tokenizer a directory saved by save_pretrained"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # each tokenizer class fails on bad files in its own way
         raise UserError(f"{directory} holds no readable tokenizer: {str(error).splitlines()[0]}") from error
     if tokenizer.eos_token is None:
-        raise UserError(f"the tokenizer in {directory} has no eos_token, so no answer could end; set one in its config")
+        raise UserError(
+            f"the tokenizer in {directory} has no eos_token, so no answer could end; set one in its config"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -140,7 +140,9 @@ def train(texts: Iterator[str], vocab_size: int = VOCAB_SIZE):
 def versions() -> dict[str, str]:
     """What the text, and so the tokenizer, depends on."""
     packages = ("tokenizers", "chitchat-dataset", *DOCUMENTED)
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in packages
+    }
 
 
 def save(tokenizer, directory: Path) -> None:
@@ -164,7 +166,9 @@ def save(tokenizer, directory: Path) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=TOKENIZER_DIR, help="directory to write (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=TOKENIZER_DIR, help="directory to write (default: %(default)s)"
+    )
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help="entries (default: %(default)s)")
     args = parser.parse_args()
     save(train(corpus(), args.vocab_size), args.output)

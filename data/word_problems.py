@@ -196,7 +196,9 @@ def _problem(template: Template, rng: random.Random) -> Example:
     while True:
         values: dict[str, int] = {}
         for name, choice in template.numbers.items():
-            values[name] = eval(choice, {"rng": rng}, values) if isinstance(choice, str) else rng.randint(*choice)
+            values[name] = (
+                eval(choice, {"rng": rng}, values) if isinstance(choice, str) else rng.randint(*choice)
+            )
         if eval(template.where, {}, values):
             break
     name, other = rng.sample(NAMES, 2)
