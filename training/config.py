@@ -283,6 +283,8 @@ class Parser(argparse.ArgumentParser):
     It takes no abbreviation, and reads `--some_flag` as `--some-flag`.
     """
 
+    also_suggest: Sequence[str] = ()  # flags that another program takes, for did-you-mean
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
@@ -293,7 +295,7 @@ class Parser(argparse.ArgumentParser):
         parsed, extras = self.parse_known_args(args, namespace)
         flags = [extra.split("=")[0] for extra in extras if extra.startswith("-") and extra != "-"]
         if flags:
-            known = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            known = [*self.also_suggest, *(flag for flag in self._option_string_actions if flag[:2] == "--")]
             raise UserError(
                 f"unknown option {flags[0]}{did_you_mean(flags[0], known) or '; --help lists all'}"
             )
@@ -349,14 +351,17 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
 SETTINGS = (ModelArguments, DataArguments, TrainingArguments)
 
 
-def parse(argv: Sequence[str] | None = None) -> RunArguments:
+def parse(argv: Sequence[str] | None = None, also_suggest: Sequence[str] = ()) -> RunArguments:
     """Reads the command line of `train_ds.py`; a `--config` file lies below the flags.
 
+    Args:
+        also_suggest: flags that another program takes, offered where an unknown one looks like them.
     Raises:
         UserError: unknown, doubled or misspelt settings, values of a wrong type or out of range.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(prog="train_ds.py", description="Train a Mixture-of-Experts language model.")
+    parser.also_suggest = also_suggest
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags override it")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument(

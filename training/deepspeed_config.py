@@ -144,9 +144,9 @@ def load(
         precision: bf16, fp16 or fp32: what `"enabled": "auto"` and absent sections become.
         world_size: data-parallel ranks.
     Returns:
-        What `deepspeed.initialize(config=...)` takes; `zero_optimization.stage` is always there. Its precision
-        is `precision_of(config)`, which differs from `precision` where the JSON switches bf16 or fp16 itself and
-        `--precision` is not given.
+        What `deepspeed.initialize(config=...)` takes; `zero_optimization.stage` is always there. Its
+        precision is `precision_of(config)`, which differs from `precision` where the JSON switches bf16 or
+        fp16 itself and `--precision` is not given.
     Raises:
         UserError: no such file, not JSON, keys unknown or owned by a flag, values that DeepSpeed refuses,
             precision set in both places, an offload section that does not fit the placement.

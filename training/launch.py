@@ -69,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(parser.format_help(), flush=True)
         os.execv(sys.executable, alone)
     if Path(script).name == "train_ds.py":
-        settings = parse(rest)  # a bad option fails here, before any rank starts
+        settings = parse(
+            rest, also_suggest=[*parser._option_string_actions]
+        )  # a bad option fails here, before any rank starts
         if settings.list_datasets:
             os.execv(sys.executable, alone)
         device = settings.training.device
@@ -234,6 +236,7 @@ class Watch:
         self.command, self.environment = command, environment
         self.ranks: dict[int, psutil.Process] = {}  # rank on this machine -> process
         self.failed: tuple[int, int] | None = None  # rank, exit code (negative: signal)
+        self.gone: list[int] = []  # ranks that ended between two looks
         self.interrupted: int | None = None  # the signal
 
     def run(self) -> int:
@@ -246,11 +249,11 @@ class Watch:
             time.sleep(POLL_SECONDS)
         if self.interrupted:
             return 128 + self.interrupted
-        if self.failed is None:
-            return (
-                self.launcher.returncode if self.launcher.returncode >= 0 else 128 - self.launcher.returncode
-            )
-        rank, code = self.failed
+        code = self.launcher.returncode
+        if self.failed is None and not (code and self.gone):
+            return code if code >= 0 else 128 - code
+        # The launcher's own code is that of the rank it saw failing, where 247 stands for signal 9.
+        rank, code = self.failed or (self.gone[0], code if code < 192 else code - 256)
         if code == 2:  # the rank has said what the user can mend
             return code
         if code > 0:
@@ -293,6 +296,7 @@ class Watch:
                     self.ranks.setdefault(int(match[1]), process)
         if self.failed or self.interrupted:
             return
+        self.gone += [r for r, p in self.ranks.items() if r not in self.gone and not p.is_running()]
         codes = {rank: code for rank, process in self.ranks.items() if (code := _exit_code(process))}
         if codes:
             # A rank that loses its peer fails too, within a moment: the one killed by a signal was the first.

@@ -1,0 +1,214 @@
+"""The watch over real ranks, started through the DeepSpeed launcher on CPU."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from training.config import UserError
+from training.launch import launcher_command, launcher_parser
+
+ROOT = Path(__file__).resolve().parents[2]
+
+RANK_PROGRAM = """
+import os, signal, sys, time
+rank, mode = int(os.environ["RANK"]), sys.argv[-1]
+signals = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: signals.append(number))
+size, threads = os.environ["WORLD_SIZE"], os.environ["OMP_NUM_THREADS"]
+print(f"rank {rank} of {size} ready, {threads} threads", *sys.argv[2:], flush=True)
+time.sleep(0.5)
+if mode == "fail" and rank == 1:
+    sys.exit(3)
+if mode == "user error" and rank == 0:
+    sys.exit(2)
+deadline = time.monotonic() + 60
+while mode != "finish" and not signals and time.monotonic() < deadline:
+    time.sleep(0.05)
+if mode == "save slowly":
+    time.sleep(3)
+print(f"rank {rank} saved after {signals}", flush=True)
+"""
+
+
+class Run:
+    """Two ranks of RANK_PROGRAM under the watch."""
+
+    def __init__(self, directory: Path, mode: str):
+        script = directory / "rank program.py"
+        script.write_text(RANK_PROGRAM)
+        command = [
+            sys.executable,
+            ROOT / "training" / "launch.py",
+            script,
+            "--num-gpus=2",
+            "--device",
+            "cpu",
+            mode,
+        ]
+        self.output = directory / "output"
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(
+                command, stdout=output, stderr=output, env=environment, cwd=directory
+            )
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + 120
+        while self.output.read_text().count("ready") < 2:
+            assert time.monotonic() < deadline and self.process.poll() is None, self.output.read_text()
+            time.sleep(0.1)
+        time.sleep(0.5)  # the watch must have seen them too
+
+    def end(self) -> tuple[int, str]:
+        code = self.process.wait(timeout=120)
+        return code, self.output.read_text()
+
+
+@pytest.mark.slow
+def test_ranks_run_and_share_the_cores(tmp_path):
+    code, output = Run(tmp_path, "finish").end()
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert code == 0
+    assert f"rank 0 of 2 ready, {threads} threads --device cpu finish" in output
+    assert f"rank 1 of 2 ready, {threads} threads --device cpu finish" in output
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_is_named_and_the_others_stop(tmp_path):
+    code, output = Run(tmp_path, "fail").end()
+    assert code == 3
+    assert "error: rank 1 stopped with exit code 3. The other ranks were stopped." in output
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_named_and_the_others_stop(tmp_path):
+    run = Run(tmp_path, "wait")
+    run.wait_ready()
+    children = psutil.Process(run.process.pid).children(recursive=True)
+    (victim,) = (process for process in children if "--local_rank=1" in process.cmdline())
+    victim.kill()
+    code, output = run.end()
+    assert code == 128 + signal.SIGKILL
+    assert "error: rank 1 was killed by signal 9 (SIGKILL)" in output
+    assert "rank 0 saved after [15" in output
+
+
+@pytest.mark.slow
+def test_an_error_the_rank_has_explained_gets_no_second_line(tmp_path):
+    code, output = Run(tmp_path, "user error").end()
+    assert code == 2
+    assert "error:" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_reaches_every_rank_once_and_they_have_time(tmp_path, number):
+    run = Run(tmp_path, "save slowly")
+    run.wait_ready()
+    run.process.send_signal(number)
+    code, output = run.end()
+    assert code == 128 + number
+    passed_on = signal.SIGTERM if number == signal.SIGHUP else number
+    for rank in (0, 1):
+        assert f"rank {rank} saved after [{int(passed_on)}]" in output
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_the_run_at_once(tmp_path):
+    run = Run(tmp_path, "save slowly")
+    run.wait_ready()
+    for _ in range(2):
+        run.process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    code, output = run.end()
+    assert code == 128 + signal.SIGINT
+    assert "saved after" not in output
+
+
+def command_for(words: list[str], device: str | None = "cpu"):
+    own, rest = launcher_parser().parse_known_args(words)
+    return launcher_command(own, device, ["script.py", *rest])
+
+
+def test_the_scripts_options_pass_through_in_order():
+    command, environment, world_size = command_for(["--a", "1", "--num-gpus=3", "--b=x y", "-z", "--c"])
+    assert command[-6:] == ["script.py", "--a", "1", "--b=x y", "-z", "--c"]
+    assert world_size == 3
+    assert environment["DS_ACCELERATOR"] == "cpu"
+
+
+def test_two_runs_get_two_ports():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        command, _, _ = command_for([])
+        assert command[command.index("--master_port") + 1] != str(taken.getsockname()[1])
+
+
+def test_a_port_in_use_is_one_clear_line():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"--master-port {port}: Address already in use"):
+            command_for(["--master-port", str(port)])
+
+
+def test_hostfile_counts_the_ranks(tmp_path):
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("# a cluster\nnode1 slots=4\n\nnode2 slots=8\n")
+    words = ["--hostfile", str(hostfile), "--node-rank", "1", "--master-addr", "node1"]
+    command, _, world_size = command_for(words)
+    assert world_size == 12
+    assert "--no_ssh" in command and command[command.index("--node_rank") + 1] == "1"
+    assert command_for([*words, "--num-nodes", "1"])[2] == 4
+    assert command_for([*words, "--num-gpus", "2"])[2] == 4
+    with pytest.raises(UserError, match="--num-nodes 3 needs"):
+        command_for([*words, "--num-nodes", "3"])
+    with pytest.raises(UserError, match="needs --master-addr"):
+        command_for(words[:4])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "names no machine"),
+        ("node1 slots=two", "line 1: expected `name slots=GPUS`"),
+        ("node1 slots=2\nnode1 slots=2", "line 2: node1 is named twice"),
+    ],
+)
+def test_bad_hostfile(tmp_path, text, message):
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(UserError, match=message):
+        command_for(["--hostfile", str(tmp_path / "hosts")])
+
+
+def test_architectures_lose_the_suffix_deepspeed_cannot_read(monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;12.0f+PTX")
+    assert command_for([])[1]["TORCH_CUDA_ARCH_LIST"] == "8.0;9.0;12.0+PTX"
+
+
+def test_cuda_without_a_gpu_is_one_clear_line():
+    import torch
+
+    if torch.cuda.device_count():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match="no CUDA GPU"):
+        command_for([], device="cuda")
+
+
+@pytest.mark.gpu
+def test_gpu_choice_respects_visible_devices(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    command, environment, world_size = command_for([], device=None)
+    assert "localhost:0" in command and world_size == 1
+    assert "CUDA_VISIBLE_DEVICES" not in environment
+    with pytest.raises(UserError, match="this machine has 1"):
+        command_for(["--num-gpus", "2"], device=None)
