@@ -1,0 +1,180 @@
+"""Every bank equals the readable loop: outputs and all gradients, however tokens are spread."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from experts import bank_builder, canonical, default_page_size
+from experts.page import ExpertPage, grouped_linear, has_grouped_gemm
+from kernels.reference import Routing, route
+from model.moe import moe_loop
+
+EXPERTS, WIDTH, EXPERT_WIDTH = 8, 12, 10
+PLACEMENTS = [("resident", None), ("zero3", 1), ("zero3", 2), ("zero3", 4), ("zero3", 8)]
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def some_logits(tokens: int) -> torch.Tensor:
+    return torch.randn(tokens, EXPERTS, generator=torch.Generator().manual_seed(tokens))
+
+
+def only(tokens: int, *experts: int) -> torch.Tensor:
+    """Logits that lead every token to the given experts."""
+    logits = some_logits(tokens)
+    logits[:, list(experts)] += 50
+    return logits
+
+
+SPREADS = {
+    "all experts used": (some_logits(40), 2),
+    "experts without tokens": (only(11, 1, 5, 6), 2),
+    "every token to the same expert": (only(9, 3), 1),
+    "every token to the last page": (only(9, 6, 7), 2),
+    "one token": (some_logits(1), 2),
+    "one token, one expert": (some_logits(1), 1),
+    "every expert for every token": (some_logits(5), EXPERTS),
+}
+
+
+def bank_of(placement: str, page_size: int | None, dtype=torch.float32, device="cpu", scale=1):
+    """A bank and its weights as three stacked leaves for the loop."""
+    config = SimpleNamespace(
+        num_experts=EXPERTS, hidden_size=WIDTH * scale, moe_intermediate_size=EXPERT_WIDTH * scale
+    )
+    bank = bank_builder(placement, page_size)(config).to(device=device, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    pages = list(getattr(bank, "pages", [bank]))
+    stacked = []
+    with torch.no_grad():
+        for name in PROJECTIONS:
+            parts = [getattr(page, name) for page in pages]
+            whole = (
+                torch.randn(EXPERTS, *parts[0].shape[1:], generator=generator) * parts[0].shape[-1] ** -0.5
+            )
+            whole = whole.to(device=device, dtype=dtype)
+            for part, values in zip(parts, whole.split(len(parts[0])), strict=True):
+                part.copy_(values)
+            stacked.append(whole.requires_grad_())
+    return bank, pages, stacked
+
+
+def run(function, hidden, logits, num_active):
+    """Output, and gradients of the hidden states and the router's logits."""
+    hidden, logits = hidden.detach().requires_grad_(), logits.detach().requires_grad_()
+    routing, _ = route(logits, num_active)
+    output = function(hidden, routing)
+    output.float().pow(2).sum().backward()
+    return output.detach(), hidden.grad, logits.grad
+
+
+@pytest.mark.parametrize(("placement", "page_size"), PLACEMENTS)
+@pytest.mark.parametrize("spread", SPREADS)
+def test_bank_equals_the_loop(placement, page_size, spread):
+    logits, num_active = SPREADS[spread]
+    hidden = torch.randn(len(logits), WIDTH, generator=torch.Generator().manual_seed(2))
+    bank, pages, stacked = bank_of(placement, page_size)
+    found = run(bank, hidden, logits, num_active)
+    expected = run(lambda hidden, routing: moe_loop(hidden, routing, *stacked), hidden, logits, num_active)
+    for mine, oracle in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, oracle, rtol=1e-5, atol=1e-5)
+    for name, oracle in zip(PROJECTIONS, stacked, strict=True):
+        grads = [getattr(page, name).grad for page in pages]
+        assert all(grad is not None for grad in grads), "a weight without a gradient stalls its reduction"
+        torch.testing.assert_close(torch.cat(grads), oracle.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_unused_experts_have_gradients_of_exactly_zero():
+    logits, num_active = SPREADS["every token to the same expert"]
+    for placement, page_size in PLACEMENTS:
+        bank, pages, _ = bank_of(placement, page_size)
+        run(bank, torch.ones(len(logits), WIDTH), logits, num_active)
+        for name in PROJECTIONS:
+            grad = torch.cat([getattr(page, name).grad for page in pages])
+            assert grad[3].any() and not grad[[0, 1, 2, 4, 5, 6, 7]].any()
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 0], [0, 4, 0], [1, 0, 0], [2, 3, 4]])
+def test_grouped_linear_takes_experts_without_rows(counts):
+    generator = torch.Generator().manual_seed(4)
+    rows = torch.randn(sum(counts), 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 6, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    output = grouped_linear(rows, weight, torch.tensor(counts))
+    assert output.shape == (sum(counts), 6)
+    output.sum().backward()
+    assert rows.grad.shape == rows.shape
+    for expert, count in enumerate(counts):
+        start = sum(counts[:expert])
+        expected = rows[start : start + count].detach().sum(0).expand(6, 5)
+        torch.testing.assert_close(weight.grad[expert], expected)
+
+
+def test_a_page_without_rows_computes_and_has_zero_gradients():
+    page = ExpertPage(2, WIDTH, EXPERT_WIDTH)
+    for parameter in page.parameters():
+        torch.nn.init.normal_(parameter)
+    output = page(torch.empty(0, WIDTH, requires_grad=True), torch.zeros(2, dtype=torch.int64))
+    assert output.shape == (0, WIDTH)
+    output.sum().backward()
+    for name, parameter in page.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("placement", "page_size"), PLACEMENTS)
+@pytest.mark.parametrize("spread", SPREADS)
+def test_grouped_gemm_equals_the_loop_in_bf16(placement, page_size, spread):
+    """Sizes are multiples of 8 as TMA wants; both round to bf16 after each of the same products."""
+    scale = 8
+    logits, num_active = SPREADS[spread]
+    hidden = torch.randn(len(logits), WIDTH * scale, generator=torch.Generator().manual_seed(2))
+    hidden, logits = hidden.to("cuda", torch.bfloat16), logits.cuda()
+    if not has_grouped_gemm(hidden):
+        pytest.skip("the grouped GEMM needs compute capability 9.0")
+    bank, pages, stacked = bank_of(placement, page_size, torch.bfloat16, "cuda", scale)
+    found = run(bank, hidden, logits, num_active)
+    expected = run(lambda hidden, routing: moe_loop(hidden, routing, *stacked), hidden, logits, num_active)
+    grads = [torch.cat([getattr(page, name).grad for page in pages]) for name in PROJECTIONS]
+    for mine, oracle in itertools.zip_longest(
+        (*found, *grads), (*expected, *(weight.grad for weight in stacked))
+    ):
+        assert torch.isfinite(mine).all()
+        error = (mine.float() - oracle.float()).norm() / oracle.float().norm().clamp(min=1e-6)
+        assert error < 2e-2, error.item()
+
+
+def test_the_loop_itself_on_one_token_by_hand():
+    """The oracle is worth as much as its own check: two experts, one token, plain arithmetic."""
+    gate, up, down = (torch.tensor(values).view(2, 1, 1) for values in ([1.0, 2.0], [3.0, 4.0], [5.0, 6.0]))
+    routing = Routing(
+        ids_TK=torch.tensor([[1, 0]]),
+        weights_TK=torch.tensor([[0.75, 0.25]]),
+        counts_E=torch.tensor([1, 1]),
+        order_N=torch.tensor([1, 0]),
+    )
+
+    def expert(x, gate, up, down):
+        return down * (gate * x / (1 + torch.tensor(-gate * x).exp().item())) * (up * x)
+
+    expected = 0.75 * expert(0.5, 2.0, 4.0, 6.0) + 0.25 * expert(0.5, 1.0, 3.0, 5.0)
+    assert moe_loop(torch.tensor([[0.5]]), routing, gate, up, down).item() == pytest.approx(
+        expected, rel=1e-6
+    )
+
+
+def test_canonical_names():
+    assert canonical("model.norm.weight", (4,)) == ("model.norm.weight", None)
+    assert canonical("model.layers.3.mlp.experts.up_proj", (8, 2, 2)) == (
+        "model.layers.3.mlp.experts.up_proj",
+        None,
+    )
+    name = "model.layers.3.mlp.experts.pages.5.up_proj"
+    assert canonical(name, (4, 2, 2)) == ("model.layers.3.mlp.experts.up_proj", 20)
+
+
+@pytest.mark.parametrize(
+    ("experts", "page_size"), [(1, 1), (8, 8), (12, 6), (7, 7), (11, 1), (96, 8), (20, 5)]
+)
+def test_default_page_size_divides_the_bank(experts, page_size):
+    assert default_page_size(experts) == page_size

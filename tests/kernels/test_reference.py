@@ -1,0 +1,133 @@
+"""Properties of routing and permutation for any logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.reference import combine, inverse, permute, route, swiglu
+
+settings.register_profile("reference", deadline=None, max_examples=40, derandomize=True)
+settings.load_profile("reference")
+
+
+@st.composite
+def routed(draw):
+    """(logits_TE, K, renormalise, valid_T); coarse logits give ties, an offset gives large values."""
+    tokens, experts = draw(st.integers(1, 20)), draw(st.integers(1, 9))
+    num_active = draw(st.integers(1, experts))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    logits = torch.randn(tokens, experts, generator=generator) * draw(st.sampled_from([0.0, 0.1, 1.0, 20.0]))
+    if draw(st.booleans()):
+        logits = logits.round()
+    valid = torch.rand(tokens, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    logits = logits + draw(st.sampled_from([0.0, -50.0, 50.0]))
+    return logits, num_active, draw(st.booleans()), draw(st.sampled_from([valid, None]))
+
+
+@given(routed())
+def test_choices_and_weights(case):
+    logits_TE, num_active, renormalise, valid_T = case
+    routing, _ = route(logits_TE, num_active, renormalise, valid_T)
+    probs_TE = logits_TE.softmax(-1)
+    chosen = torch.zeros_like(probs_TE, dtype=torch.bool).scatter_(1, routing.ids_TK, True)
+    assert (chosen.sum(1) == num_active).all()  # K different experts
+    best_left = probs_TE.masked_fill(chosen, 0).amax(1)
+    chosen_TK = probs_TE.gather(1, routing.ids_TK)
+    assert (chosen_TK.amin(1) >= best_left - 1e-6).all()
+    assert (chosen_TK.diff(dim=1) <= 1e-6).all()  # best first
+    expected = chosen_TK / chosen_TK.sum(1, keepdim=True) if renormalise else chosen_TK
+    torch.testing.assert_close(routing.weights_TK, expected, rtol=1e-4, atol=1e-6)
+
+
+@given(routed())
+def test_rows_are_sorted_by_expert_then_token(case):
+    logits_TE, num_active, renormalise, valid_T = case
+    routing, _ = route(logits_TE, num_active, renormalise, valid_T)
+    experts_N = routing.ids_TK.flatten()[routing.order_N]
+    tokens_N = routing.order_N // num_active
+    assert routing.counts_E.tolist() == [
+        (routing.ids_TK == e).sum().item() for e in range(logits_TE.shape[1])
+    ]
+    keys = (experts_N * len(logits_TE) + tokens_N).tolist()
+    assert keys == sorted(keys) and len(set(keys)) == logits_TE.shape[0] * num_active
+    assert sorted(routing.order_N.tolist()) == list(range(routing.order_N.numel()))
+
+
+@given(routed())
+def test_statistics_are_sums_over_real_tokens(case):
+    logits_TE, num_active, renormalise, valid_T = case
+    routing, found = route(logits_TE, num_active, renormalise, valid_T)
+    real = torch.ones(len(logits_TE), dtype=torch.bool) if valid_T is None else valid_T
+    experts = logits_TE.shape[1]
+    logits, probs = logits_TE[real].double(), logits_TE[real].double().softmax(-1)
+    load = torch.stack([(routing.ids_TK[real] == e).sum() for e in range(experts)]).double()
+    share = load / max(1, len(logits))
+    torch.testing.assert_close(found.load_E.double(), load)
+    close = {"rtol": 1e-4, "atol": 1e-3}
+    torch.testing.assert_close(found.balance_sum.double(), experts * (share * probs.sum(0)).sum(), **close)
+    torch.testing.assert_close(found.z_sum.double(), (logits.exp().sum(-1).log() ** 2).sum(), **close)
+    entropy = torch.distributions.Categorical(probs=probs).entropy().sum()
+    # Entropy is a small difference of large numbers when logits are far from 0, hence the mean over tokens.
+    count = max(1, len(logits))
+    torch.testing.assert_close(found.entropy_sum.double() / count, entropy / count, **close)
+
+
+@given(routed())
+def test_losses_of_padding_have_no_gradient(case):
+    logits_TE, num_active, renormalise, valid_T = case
+    logits_TE = logits_TE.requires_grad_()
+    _, statistics = route(logits_TE, num_active, renormalise, valid_T)
+    (statistics.balance_sum + statistics.z_sum).backward()
+    assert not statistics.entropy_sum.requires_grad and not statistics.load_E.requires_grad
+    if valid_T is not None:
+        assert not logits_TE.grad[~valid_T].any()
+
+
+@given(st.permutations(range(13)))
+def test_inverse(order):
+    order_N = torch.tensor(order)
+    inverse_N = inverse(order_N)
+    assert inverse_N[order_N].tolist() == order_N[inverse_N].tolist() == list(range(13))
+
+
+@given(routed())
+def test_combine_undoes_permute(case):
+    """Experts that do nothing: the output is the input times the sum of its weights."""
+    logits_TE, num_active, renormalise, valid_T = case
+    routing, _ = route(logits_TE, num_active, renormalise, valid_T)
+    hidden_TD = torch.randn(len(logits_TE), 3, generator=torch.Generator().manual_seed(0))
+    rows_ND = permute(hidden_TD, routing)
+    assert torch.equal(rows_ND, hidden_TD[routing.order_N // num_active])
+    expected = hidden_TD * routing.weights_TK.sum(1, keepdim=True)
+    torch.testing.assert_close(combine(rows_ND, routing), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("experts", "num_active"), [(4, 1), (5, 2), (3, 3)])
+def test_gradcheck_of_permute_and_combine(experts, num_active):
+    generator = torch.Generator().manual_seed(1)
+    routing, _ = route(torch.randn(7, experts, generator=generator), num_active)
+    hidden_TD = torch.randn(7, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    rows_ND = torch.randn(7 * num_active, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    weights_TK = routing.weights_TK.double().requires_grad_()
+
+    def combined(rows, weights):
+        routing.weights_TK = weights
+        return combine(rows, routing)
+
+    assert torch.autograd.gradcheck(lambda hidden: permute(hidden, routing), (hidden_TD,))
+    assert torch.autograd.gradcheck(combined, (rows_ND, weights_TK))
+
+
+def test_swiglu_is_silu_of_the_gate_times_up():
+    gate, up = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(swiglu(gate, up), gate * torch.sigmoid(gate) * up)
+    assert not torch.allclose(swiglu(gate, up), F.silu(up) * gate)
+
+
+def test_logits_in_bf16_are_routed_in_fp32():
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    routing, statistics = route(logits, 2)
+    assert routing.weights_TK.dtype == statistics.z_sum.dtype == torch.float32
+    torch.testing.assert_close(routing.weights_TK, route(logits.float(), 2)[0].weights_TK)
