@@ -112,8 +112,6 @@ def train(run: RunArguments) -> int:
         settings=settings_of(run),
     )
     say("\n".join(trainer.plan.lines(run.training, run.data.max_length)))
-    for source in data.report:
-        say(f"data        {source['dataset']}: {source['source']}, {source['rows']:,} rows ({source['licence']})")
     say(f"run         {trainer.run_dir}")
     sys.stdout.flush()
     try:
@@ -121,8 +119,9 @@ def train(run: RunArguments) -> int:
     except Interrupted as stop:
         say(f"{stop}\nresume with: --resume {trainer.run_dir}")
         return 128 + stop.signal_number
-    for question, answer in sample_answers(trainer.engine.module, tokenizer, data.validation_examples):
-        say(f"\n> {question.strip()}\n{answer.strip()}")
+    shown = [example for examples in data.validation_examples.values() for example in examples[:2]]
+    for sample in sample_answers(trainer.engine.module, tokenizer, shown, device=ranks.device):
+        say(f"\n[{sample['family']}] {sample['prompt'].strip()}\n-> {sample['answer'].strip() or '(nothing)'}")
     chat = Path(__file__).parent / "launch.sh"
     say(f"\nsaved       {run_dir / 'final_model'}\nchat with   {chat} chat --checkpoint {run_dir}")
     return 0

@@ -1,0 +1,92 @@
+"""Real training processes on a small model, for the tests of runs and checkpoints."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SMALL = (
+    "--model-size", "custom", "--hidden-size", "32", "--num-layers", "2", "--num-experts", "4",
+    "--max-length", "64", "--batch-size", "2", "--device", "cpu", "--report-to", "none", "--deterministic",
+    "--logging-steps", "1", "--num-workers", "0", "--learning-rate", "1e-3",
+)  # fmt: skip
+
+
+def write_rows(path: Path, count: int = 120) -> Path:
+    """A small reasoning dataset."""
+    rows = [{"question": f"What is {n} + {n % 7}?", "answer": f"{n} + {n % 7} = {n + n % 7}\n#### {n + n % 7}"} for n in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(data: Path, output: Path, *flags: str) -> list[str]:
+    """The command line of a small run; a flag given here replaces the small run's own."""
+    given = {flag for flag in flags if flag.startswith("--")}
+    small = []
+    for flag, value in _pairs(SMALL):
+        if flag not in given:
+            small += [flag, *value]
+    return [
+        sys.executable, str(REPOSITORY / "train_ds.py"), *small, "--dataset", str(data), "--output-dir", str(output), *flags
+    ]  # fmt: skip
+
+
+def _pairs(words):
+    pairs = []
+    for word in words:
+        if word.startswith("--"):
+            pairs.append((word, []))
+        else:
+            pairs[-1][1].append(word)
+    return pairs
+
+
+def environment(cache: Path, **extra: str) -> dict[str, str]:
+    """One thread, the CPU, a token cache of the test's own."""
+    inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**inherited, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "XDG_CACHE_HOME": str(cache), **extra}
+
+
+def start(arguments: list[str], cache: Path, world_size: int = 1) -> list[subprocess.Popen]:
+    """The ranks of a run, started without a launcher."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ranks = [
+        {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for r in range(world_size)
+    ]
+    return [
+        subprocess.Popen(
+            arguments, env=environment(cache, **rank), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for rank in ranks
+    ]
+
+
+def finish(processes: list[subprocess.Popen], timeout: float = 300) -> tuple[int, str]:
+    """(exit code of rank 0, output of all ranks)."""
+    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    return processes[0].returncode, "\n".join(outputs)
+
+
+def run(data: Path, output: Path, *flags: str, world_size: int = 1, expect: int = 0) -> tuple[Path, str]:
+    """Run to the end; the newest run directory under `output`, and what was printed."""
+    code, text = finish(start(command(data, output, *flags), output.parent / "cache", world_size))
+    assert code == expect, text
+    runs = sorted(output.glob("pragnosia_*"))
+    return (runs[-1] if runs else output), text
+
+
+def losses(run_directory: Path) -> dict[int, float]:
+    """step -> logged loss."""
+    rows = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def weights(model_directory: Path) -> bytes:
+    """All bytes of the exported weights."""
+    return b"".join(path.read_bytes() for path in sorted(model_directory.glob("*.safetensors")))

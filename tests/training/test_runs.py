@@ -1,0 +1,219 @@
+"""Whole runs as processes: resume to the bit, kills, signals, other numbers of ranks, bad input."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+from runs import command, finish, losses, run, start, weights, write_rows
+
+STEPS = ("--max-steps", "8", "--save-steps", "3")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    directory, text = run(data, tmp_path_factory.mktemp("whole") / "out", *STEPS)
+    return directory, text
+
+
+def test_a_run_leaves_what_it_says(uninterrupted):
+    directory, text = uninterrupted
+    names = {path.name for path in directory.iterdir()}
+    assert {"run.json", "metrics.jsonl", "loss.png", "final_model", "checkpoint-3", "checkpoint-6"} <= names
+    assert not [name for name in names if name.startswith(".")]
+    assert f"chat --checkpoint {directory}" in text
+    assert losses(directory)[8] < losses(directory)[1]
+    logged = json.loads((directory / "metrics.jsonl").read_text().splitlines()[0])
+    assert {
+        "loss", "perplexity", "learning_rate", "local_learning_rate", "grad_norm", "tokens_per_second",
+        "samples_per_second", "eta_seconds", "memory/host_gb", "data_wait_seconds", "router/load_min",
+        "router/load_max", "router/load_cv", "router/entropy", "router/balance_loss", "router/z_loss",
+    } <= set(logged)  # fmt: skip
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(data, uninterrupted, tmp_path):
+    whole, _ = uninterrupted
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    for name in ("final_model", "checkpoint-6"):
+        shutil.rmtree(copy / name)
+    code, text = finish(start(command(data, tmp_path, *STEPS, "--resume", str(copy)), tmp_path / "cache"))
+    assert code == 0, text
+    assert weights(copy / "final_model") == weights(whole / "final_model")
+    assert weights(copy / "checkpoint-6" / "model") == weights(whole / "checkpoint-6" / "model")
+    assert losses(copy) == losses(whole)
+
+
+@pytest.mark.slow
+def test_killed_ten_times_during_saves_still_reaches_the_same_weights(data, uninterrupted, tmp_path):
+    whole, _ = uninterrupted
+    flags = ("--max-steps", "8", "--save-steps", "1", "--keep-checkpoints", "2")
+    output, cache = tmp_path / "out", tmp_path / "cache"
+    generator = random.Random(0)
+    resume, kills = (), 0
+    for _ in range(40):
+        (process,) = start(command(data, output, *flags, *resume), cache)
+        if kills < 10:
+            _wait_for_save(process, output)
+            time.sleep(generator.uniform(0, 0.15))
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+        code, text = finish([process])
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, text
+        (directory,) = output.glob("pragnosia_*")
+        if list(directory.glob("checkpoint-*")):
+            resume = ("--resume", str(directory))
+        else:
+            shutil.rmtree(directory)
+    assert code == 0
+    (directory,) = output.glob("pragnosia_*")
+    assert kills >= 5  # a run has only eight saves; some kills fall before the first
+    assert weights(directory / "final_model") == weights(whole / "final_model")
+
+
+def _wait_for_save(process, output):
+    while process.poll() is None and not list(output.glob("pragnosia_*/.tmp-checkpoint-*")):
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_can_go_on(data, uninterrupted, tmp_path, number):
+    whole, _ = uninterrupted
+    (process,) = start(command(data, tmp_path / "out", *STEPS), tmp_path / "cache")
+    while not list((tmp_path / "out").glob("*/metrics.jsonl")) or process.poll() is not None:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    code, text = finish([process])
+    assert code == 128 + number, text
+    (directory,) = (tmp_path / "out").glob("pragnosia_*")
+    assert (directory / "interrupted_checkpoint").is_dir() and "resume with" in text
+    run(data, tmp_path / "out", *STEPS, "--resume", str(directory))
+    assert weights(directory / "final_model") == weights(whole / "final_model")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
+@pytest.mark.parametrize("json_name, tolerance", [("stage2", 1e-5), ("cpu_zero3", 1e-5)])
+def test_resume_on_another_number_of_ranks(data, tmp_path, before, after, json_name, tolerance):
+    name = json_name
+    if json_name == "stage2":
+        name = str(tmp_path / "stage2.json")
+        (tmp_path / "stage2.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    flags = (*STEPS, "--deepspeed-config", name)
+
+    def batch(ranks):
+        return ("--batch-size", str(4 // ranks))
+
+    whole, _ = run(data, tmp_path / "whole", *flags, *batch(before), world_size=before)
+    part, _ = run(data, tmp_path / "part", *flags, *batch(before), world_size=before)
+    for done in ("final_model", "checkpoint-6"):
+        shutil.rmtree(part / done)
+    run(data, tmp_path / "part", *flags, *batch(after), "--resume", str(part), world_size=after)
+    assert losses(part).keys() == losses(whole).keys()
+    for step, loss in losses(whole).items():
+        assert losses(part)[step] == pytest.approx(loss, rel=tolerance), step
+
+
+def bad(data, tmp_path, *flags, expect=2):
+    _, text = run(data, tmp_path / "out", "--max-steps", "2", *flags, expect=expect)
+    lines = [line for line in text.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "Traceback" not in text, text
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--num-experts", "2", "--num-active-experts", "3"), ("--num-active-experts 3", "--num-experts 2")),
+        (("--hidden-size", "40"), ("--hidden-size 40", "multiple of")),
+        (("--dataset", "nowhere.jsonl"), ("nowhere.jsonl",)),
+        (("--resume", "nowhere"), ("--resume nowhere",)),
+        (("--init-from", "nowhere"), ("--init-from nowhere",)),
+        (("--learning-rat", "1"), ("--learning-rate",)),
+        (("--expert-page-size", "3"), ("--expert-page-size 3", "4 experts")),
+        (("--device", "cuda"), ("--device cuda", "--device cpu")),
+    ],
+)
+def test_bad_input_is_one_clear_line(data, tmp_path, flags, words):
+    if flags == ("--device", "cuda"):
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("has a GPU")
+    line = bad(data, tmp_path, *flags)
+    for word in words:
+        assert word in line
+
+
+def test_truncated_and_missing_checkpoint_files(data, uninterrupted, tmp_path):
+    whole, _ = uninterrupted
+    copy = tmp_path / "run"
+    shutil.copytree(whole, copy)
+    shard = next((copy / "checkpoint-6" / "state").glob("*"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    assert "truncated" in bad(data, tmp_path, "--resume", str(copy / "checkpoint-6"))
+    shard.unlink()
+    assert "missing" in bad(data, tmp_path, "--resume", str(copy / "checkpoint-6"))
+
+
+def test_another_architecture_and_another_tokenizer(data, uninterrupted, tmp_path):
+    whole, _ = uninterrupted
+    copy = tmp_path / "model"
+    shutil.copytree(whole / "final_model", copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    assert "llama" in bad(data, tmp_path, "--init-from", str(copy))
+    (copy / "config.json").write_text(json.dumps({**config, "vocab_size": 1000}))
+    assert "vocabulary" in bad(data, tmp_path, "--init-from", str(copy))
+
+
+def test_output_that_cannot_be_written(data, tmp_path):
+    blocker = tmp_path / "file"
+    blocker.write_text("")
+    assert "--output-dir" in bad(data, tmp_path, "--output-dir", str(blocker / "out"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
+def test_full_disk(data, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if os.system(f"mount -t tmpfs -o size=12m tmpfs {small}"):
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        _, text = run(data, tmp_path / "none", *STEPS, "--output-dir", str(small), expect=2)
+        assert "No space left" in text and "Traceback" not in text
+        (directory,) = small.glob("pragnosia_*")
+        assert not list(directory.glob("checkpoint-*/trainer_state.json"))
+    finally:
+        os.system(f"umount {small}")
+
+
+def test_loss_that_is_not_finite_stops_the_run(data, tmp_path):
+    flags = ("--max-steps", "30", "--save-steps", "1", "--learning-rate", "1e30", "--local-learning-rate", "1e30")
+    flags = (*flags, "--gradient-clip", "1e9", "--max-nan-steps", "3", "--keep-checkpoints", "50")
+    directory, text = run(data, tmp_path / "out", *flags, expect=2)
+    line = next(line for line in text.splitlines() if line.startswith("error:"))
+    assert "3 steps" in line and "checkpoint" in line and "Traceback" not in text
+    assert list(directory.glob("checkpoint-*")) and not (directory / "final_model").exists()
+
+
+def test_a_dead_rank_does_not_leave_the_other_waiting(data, tmp_path):
+    processes = start(command(data, tmp_path / "out", "--max-steps", "500"), tmp_path / "cache", world_size=2)
+    while not list((tmp_path / "out").glob("*/metrics.jsonl")):
+        assert processes[0].poll() is None
+        time.sleep(0.05)
+    processes[1].kill()
+    code, _ = finish(processes, timeout=60)
+    assert code != 0
