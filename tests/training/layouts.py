@@ -1,6 +1,10 @@
 """Worker process of test_layouts.py: trains one small model under several layouts, rank by rank.
 
-usage: layouts.py SPEC.json OUT.json — a list of layouts in, a list of {"losses", "norms", "checksum"} out.
+usage: layouts.py LAYOUTS.json OUT.pt — a list of layouts in, a list of results out (see `train`).
+
+A layout is a dictionary: `stage`, and what differs from one rank's plain fp32 run: `placement`, `page_size`,
+`offload` (cpu or a directory for nvme), `precision`, `accumulation`, `clip`, `checkpointing`, `z`, `router`,
+`steps` (numbers of the batches trained on), `poisoned` and `emptied` (lists of [step, row]).
 """
 
 import json
@@ -12,17 +16,21 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from deepspeed.utils import safe_get_full_grad
+
+from experts import canonical
 from model.presets import preset_config
 from training import deepspeed_config
 from training.config import TrainingArguments
-from training.engine import build_engine, build_model, start_ranks
+from training.engine import DTYPES, build_engine, build_model, start_ranks
 from training.step import reduce_results, train_step
 from training.weights import exported_tensors, initial_weights
 
 VOCAB, LENGTH, ROWS, STEPS = 64, 24, 4, 20
+POISON = 1  # a token whose embedding `poison` makes NaN; no batch has it of itself
 
 
-def rows_of_step(step: int) -> dict[str, torch.Tensor]:
+def rows_of_step(step: int, layout: dict) -> dict[str, torch.Tensor]:
     """Four rows, the same for every layout, with padding and targets spread unevenly."""
     generator = torch.Generator().manual_seed(step % 5)
     ids = torch.randint(2, VOCAB, (ROWS, LENGTH), generator=generator)
@@ -32,17 +40,45 @@ def rows_of_step(step: int) -> dict[str, torch.Tensor]:
     labels = torch.where(document_ids > 0, ids, -100)
     labels[0, 4:] = -100
     position_ids = torch.arange(LENGTH).expand(ROWS, -1).clone()
+    for poisoned_step, row in layout.get("poisoned", []):
+        if step == poisoned_step:
+            ids[row, 0] = POISON
+    for emptied_step, row in layout.get("emptied", []):
+        if step == emptied_step:
+            ids[row], labels[row], document_ids[row] = 0, -100, 0
     return {"input_ids": ids, "labels": labels, "document_ids": document_ids, "position_ids": position_ids}
 
 
-def microbatches(step: int, rank: int, world_size: int, accumulation: int) -> list[dict[str, torch.Tensor]]:
-    micro = ROWS // world_size // accumulation
-    batch = rows_of_step(step)
+def microbatches(step: int, layout: dict, rank: int, world_size: int) -> list[dict[str, torch.Tensor]]:
+    micro = ROWS // world_size // layout.get("accumulation", 1)
+    batch = rows_of_step(step, layout)
     starts = range(rank * micro, ROWS, micro * world_size)
     return [{key: value[start : start + micro] for key, value in batch.items()} for start in starts]
 
 
-def train(layout: dict, ranks) -> dict:
+def completed_config(layout: dict, args: TrainingArguments, ranks, directory: Path) -> dict:
+    zero = {"stage": layout["stage"]}
+    offload = layout.get("offload")
+    if offload == "cpu":
+        zero |= {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
+    elif offload is not None:
+        nvme = {"device": "nvme", "nvme_path": offload}
+        zero |= {"offload_param": nvme | {"buffer_size": 10**6}, "offload_optimizer": nvme}
+    if layout["stage"] == 3:
+        zero["stage3_param_persistence_threshold"] = 0
+    path = directory / f"ds_{ranks.rank}.json"
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    return deepspeed_config.load(
+        path,
+        args,
+        placement=layout.get("placement", "resident"),
+        precision=layout.get("precision", "fp32"),
+        world_size=ranks.world_size,
+    )
+
+
+def train(layout: dict, ranks, directory: Path) -> dict:
+    """`losses`, gradient `norms` and whether `applied`, a step; exported `weights`; `gradients` of step 1."""
     accumulation = layout.get("accumulation", 1)
     args = TrainingArguments(
         per_device_train_batch_size=ROWS // ranks.world_size // accumulation,
@@ -52,44 +88,59 @@ def train(layout: dict, ranks) -> dict:
         gradient_clip=layout.get("clip", 1.0),
         gradient_checkpointing=layout.get("checkpointing", False),
     )
-    zero = {"stage": layout["stage"]}
-    placement = layout.get("placement", "resident")
-    if placement == "zero3":
-        offload = layout["offload"]
-        zero |= {"offload_param": offload, "offload_optimizer": offload, "stage3_param_persistence_threshold": 0}
-    path = Path(layout["directory"]) / f"ds_{ranks.rank}.json"
-    path.write_text(json.dumps({"zero_optimization": zero}))
-    ds_config = deepspeed_config.load(
-        str(path), args, placement=placement, precision="fp32", world_size=ranks.world_size
-    )
+    ds_config = completed_config(layout, args, ranks, directory)
     config = preset_config(
         "tiny", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, moe_intermediate_size=16, head_dim=8,
-        router_aux_loss_coef=layout.get("aux", 0.0),
+        router_aux_loss_coef=0.0, router_z_loss_coef=layout.get("z", 0.01),
     )  # fmt: skip
     model = build_model(
-        config, initial_weights(0, 0.05), ds_config, placement=placement, page_size=layout.get("page_size"),
-        device=ranks.device, dtype=torch.float32,
+        config, initial_weights(0, 0.05), ds_config, placement=layout.get("placement", "resident"),
+        page_size=layout.get("page_size"), device=ranks.device, dtype=DTYPES[layout.get("precision", "fp32")],
     )  # fmt: skip
-    if layout.get("one_expert_on_rank_0"):
-        force_router(model, ranks.rank)
+    model.model.embed_tokens.register_forward_hook(poison)
+    if "router" in layout:
+        force_router(model, layout["router"][ranks.rank])
     engine = build_engine(model, args, ds_config)
-    losses, norms = [], []
-    for step in range(layout.get("steps", STEPS)):
-        result = train_step(engine, microbatches(step, ranks.rank, ranks.world_size, accumulation))
+    gradients = record_gradients(engine)
+    losses, norms, applied = [], [], []
+    for step in layout.get("steps", range(STEPS)):
+        result = train_step(engine, microbatches(step, layout, ranks.rank, ranks.world_size))
         sums, _ = reduce_results([result])
-        losses.append(sums["loss_sum"] / sums["targets"])
+        losses.append(sums["loss_sum"] / max(1, sums["targets"]))
         norms.append(result.grad_norm)
-    tensors = {name: tensor.double().sum().item() for name, tensor in exported_tensors(engine.module)}
+        applied.append(result.applied)
+    weights = dict(exported_tensors(engine.module))
     engine.destroy()
-    return {"losses": losses, "norms": norms, "sums": tensors}
+    return {"losses": losses, "norms": norms, "applied": applied, "weights": weights, "gradients": gradients}
 
 
-def force_router(model, rank: int) -> None:
-    """On rank 0 every token goes to experts 0 and 1, on the others to 2 and 3: the rest sees no token anywhere."""
+def record_gradients(engine) -> dict[str, torch.Tensor]:
+    """A dictionary that the engine's first update fills with the gradients it uses, under exported names."""
+    gradients: dict[str, torch.Tensor] = {}
+    apply_update = engine.step
+
+    def step():
+        if engine.is_gradient_accumulation_boundary() and not gradients:
+            for name, parameter in engine.module.named_parameters():
+                gradient = safe_get_full_grad(parameter).detach().cpu().clone()
+                exported, first = canonical(name, gradient.shape)
+                gradients[exported] = torch.cat((gradients[exported], gradient)) if first else gradient
+        apply_update()
+
+    engine.step = step
+    return gradients
+
+
+def poison(_embedding, inputs, output):
+    return output.masked_fill(inputs[0][..., None] == POISON, float("nan"))
+
+
+def force_router(model, experts: list[int]) -> None:
+    """Every token of this rank goes to the given experts."""
 
     def push(_module, _inputs, output):
         routing, statistics = output
-        ids = torch.tensor([0, 1] if rank == 0 else [2, 3]).expand_as(routing.ids_TK).contiguous()
+        ids = torch.tensor(experts).expand_as(routing.ids_TK).contiguous()
         flat = ids.reshape(-1)
         routing.ids_TK, routing.counts_E = ids, torch.bincount(flat, minlength=routing.counts_E.numel())
         routing.order_N = flat.argsort(stable=True)
@@ -100,11 +151,11 @@ def force_router(model, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    layouts = json.loads(Path(sys.argv[1]).read_text())
+    layouts, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     ranks = start_ranks("cpu")
     torch.set_num_threads(1)
-    results = [train(layout, ranks) for layout in layouts]
+    results = [train(layout, ranks, out.parent) for layout in layouts]
     if ranks.rank == 0:
-        Path(sys.argv[2]).write_text(json.dumps(results))
+        torch.save(results, out)
     dist.barrier()
     dist.destroy_process_group()
