@@ -1,4 +1,4 @@
-"""Human conversations from the ``chitchat-dataset`` package (MIT): the embedded chat data."""
+"""Human conversations from the `chitchat-dataset` package (MIT): the embedded chat data."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _LINK = re.compile(r"https?:|www\.|<|@|\bfuck|\bshit|\bsex|\bbitch|\bdamn", re.I
 
 
 def conversations() -> Iterator[Example]:
-    """The first ``PIECES`` pieces of ``TURNS`` turns of each conversation; the second speaker is the assistant.
+    """The first `PIECES` pieces of `TURNS` turns of each conversation; the second speaker is the assistant.
 
-    What one speaker sends in a row is one turn. A piece with a link, a swear word, unusual characters or an overlong
-    turn is left out. A whole conversation is on one side of the validation split.
+    What one speaker sends in a row is one turn. A piece with a link, a swear word, unusual characters or an
+    overlong turn is left out. A whole conversation is on one side of the validation split.
 
     Raises:
         UserError: the package is not installed.

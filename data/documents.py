@@ -1,7 +1,8 @@
 """Tokenized documents, and their cache on disk.
 
-A cache entry is a directory named by a hash of everything its content depends on: the rows, the tokenizer, the
-settings and the code of this package. It is written under another name and renamed, so an entry is whole or absent.
+A cache entry is a directory named by a hash of everything its content depends on: the rows, the tokenizer,
+the settings and the code of this package. It is written under another name and renamed, so an entry is whole
+or absent.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ CHUNK = 1000
 
 @dataclass
 class Documents:
-    """Documents one after another, each at most ``max_length`` tokens with at least one target.
+    """Documents one after another, each at most `max_length` tokens with at least one target.
 
     Attributes:
         tokens: uint32, all documents joined.
@@ -41,7 +42,7 @@ class Documents:
         offsets: int64, where each document starts, and the end.
         examples: examples they come from; a long plain text gives several documents.
         dropped: examples without a target, left out.
-        truncated: examples cut to ``max_length``.
+        truncated: examples cut to `max_length`.
         target_bytes: UTF-8 bytes of the targets' text.
     """
 
@@ -67,7 +68,7 @@ def tokenize(
     max_length: int,
     train_on_prompt: bool = False,
 ) -> Documents:
-    """The examples' documents in their order. Texts are split at ``max_length``, all else is cut off there."""
+    """The examples' documents in their order. Texts are split at `max_length`, all else is cut off there."""
     made = Documents()
     tokens, targets, lengths = [], [], []
     examples = iter(examples)
@@ -129,7 +130,7 @@ def make_entry(
         for examples in (train, validation)
     ]
     dropped = sum(side.dropped for side in documents)
-    if not any(side.examples for side in documents):
+    if not (documents[0] if train else documents[1]).examples and (train or validation):
         raise UserError(
             f"dataset {name}: none of its {dropped} rows has a target token within {args.max_length} tokens; "
             "check the answers, or raise --max-length"
@@ -153,7 +154,7 @@ def make_entry(
 
 
 def cache_dir(args: DataArguments) -> Path:
-    """Where entries are kept: ``--cache-dir``, else ``pragnosia`` in the user's cache directory."""
+    """Where entries are kept: `--cache-dir`, else `pragnosia` in the user's cache directory."""
     if args.cache_dir:
         return Path(args.cache_dir).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pragnosia"

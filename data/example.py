@@ -13,14 +13,14 @@ class Example:
     """One training document.
 
     Attributes:
-        family: one of ``FAMILIES``; losses are reported per family.
-        messages: ``[{"role": "system" | "user" | "assistant", "content": str}, ...]``; assistant turns are the
-            answers. A plain text is a single assistant turn with the prompt format ``text``.
+        family: one of `FAMILIES`; losses are reported per family.
+        messages: `[{"role": "system" | "user" | "assistant", "content": str}, ...]`; assistant turns are the
+            answers. A plain text is a single assistant turn with the prompt format `text`.
         dataset: name of the dataset it comes from.
         tests: Python source run after a generated solution; it raises when the solution is wrong.
-        template: what the validation split keeps together (a template, a file, a conversation); ``None`` means
+        template: what the validation split keeps together (a template, a file, a conversation); `None` means
             the text of the prompt.
-        prompt_format: a name in ``data.prompts.FORMATS``.
+        prompt_format: a name in `data.prompts.FORMATS`.
     """
 
     family: str

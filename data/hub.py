@@ -12,7 +12,7 @@ ANSWER_SECONDS = 5
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A dataset of the hub; ``configs`` are read one after another (empty: the default one)."""
+    """A dataset of the hub; `configs` are read one after another (empty: the default one)."""
 
     path: str
     licence: str
@@ -49,7 +49,8 @@ HUB = {
 
 
 class Hub:
-    """One attempt to use the hub; after a failure to connect it stays silent, so that one time-out is enough."""
+    """One attempt to use the hub; after a failure to connect it stays silent, so that one time-out is
+    enough."""
 
     def __init__(self) -> None:
         self.unreachable: str | None = None
@@ -57,7 +58,8 @@ class Hub:
     def revision(self, path: str) -> tuple[str | None, str | None]:
         """The newest revision of a dataset and why there is none: one of the two is None.
 
-        In offline mode (``HF_HUB_OFFLINE``) the revision is ``cached`` and the copy's name if this machine has one.
+        In offline mode (`HF_HUB_OFFLINE`) the revision is `cached` and the copy's name if this machine has
+        one.
         """
         from datasets import config, load_dataset_builder
         from huggingface_hub import HfApi

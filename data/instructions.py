@@ -8,24 +8,33 @@ from collections.abc import Callable, Iterator
 from data.example import Example
 
 WORDS = (
-    "apple river stone green cloud window garden silver bread music paper winter orange letter mountain candle "
-    "forest bridge summer pencil water kitchen flower island coffee shadow market yellow travel doctor"
-).split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
+    "apple", "river", "stone", "green", "cloud", "window", "garden", "silver", "bread", "music",
+    "paper", "winter", "orange", "letter", "mountain", "candle", "forest", "bridge", "summer", "pencil",
+    "water", "kitchen", "flower", "island", "coffee", "shadow", "market", "yellow", "travel", "doctor",
+)  # fmt: skip
+DAYS = (
+    "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday",
+)  # fmt: skip
+MONTHS = (
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
+    "November", "December",
+)  # fmt: skip
 UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
-)
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven",
+    "twelve", "thirteen", "fourteen", "fifteen",
+)  # fmt: skip
 CAPITALS = {
-    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Japan": "Tokyo", "Egypt": "Cairo",
-    "Norway": "Oslo", "Greece": "Athens", "Portugal": "Lisbon", "Poland": "Warsaw", "Austria": "Vienna",
-    "Ireland": "Dublin", "Finland": "Helsinki", "Peru": "Lima", "Cuba": "Havana", "Kenya": "Nairobi",
-    "China": "Beijing", "Russia": "Moscow", "Sweden": "Stockholm", "Hungary": "Budapest",
+    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Japan": "Tokyo",
+    "Egypt": "Cairo", "Norway": "Oslo", "Greece": "Athens", "Portugal": "Lisbon", "Poland": "Warsaw",
+    "Austria": "Vienna", "Ireland": "Dublin", "Finland": "Helsinki", "Peru": "Lima", "Cuba": "Havana",
+    "Kenya": "Nairobi", "China": "Beijing", "Russia": "Moscow", "Sweden": "Stockholm",
+    "Hungary": "Budapest",
 }  # fmt: skip
 OPPOSITES = {
-    "hot": "cold", "big": "small", "fast": "slow", "early": "late", "happy": "sad", "full": "empty", "hard": "soft",
-    "light": "dark", "old": "young", "rich": "poor", "strong": "weak", "wet": "dry", "high": "low", "open": "closed",
-    "near": "far", "up": "down", "first": "last", "loud": "quiet", "clean": "dirty", "true": "false",
+    "hot": "cold", "big": "small", "fast": "slow", "early": "late", "happy": "sad", "full": "empty",
+    "hard": "soft", "light": "dark", "old": "young", "rich": "poor", "strong": "weak", "wet": "dry",
+    "high": "low", "open": "closed", "near": "far", "up": "down", "first": "last", "loud": "quiet",
+    "clean": "dirty", "true": "false",
 }  # fmt: skip
 _ASKING = (
     "{}",
@@ -164,14 +173,14 @@ def _spell(rng: random.Random) -> tuple[str, str]:
 
 
 MAKERS: tuple[Maker, ...] = (
-    _addition, _subtraction, _product, _larger, _smaller, _repeat, _capitals, _reverse_words, _alphabet, _first_word,
-    _last_word, _count_words, _first_letter, _join, _greeting, _capital_city, _opposite, _next_day, _next_month,
-    _number_word, _even, _spell,
+    _addition, _subtraction, _product, _larger, _smaller, _repeat, _capitals, _reverse_words, _alphabet,
+    _first_word, _last_word, _count_words, _first_letter, _join, _greeting, _capital_city, _opposite,
+    _next_day, _next_month, _number_word, _even, _spell,
 )  # fmt: skip
 
 
 def instructions(per_template: int = 120, seed: int = 0) -> Iterator[Example]:
-    """Up to ``per_template`` distinct instructions of each template, in an order that mixes the templates."""
+    """Up to `per_template` distinct instructions of each template, in an order that mixes the templates."""
     made = []
     for maker in MAKERS:
         template = maker.__name__.lstrip("_")

@@ -1,12 +1,13 @@
 """Prepared data, and the microbatches of each optimizer step.
 
-Step ``s`` of an epoch takes the rows ``order[s * G : (s + 1) * G]``, ``G`` being microbatch rows x accumulation x
+Step `s` of an epoch takes the rows `order[s * G : (s + 1) * G]`, `G` being microbatch rows x accumulation x
 ranks. How these G rows fall on ranks and microbatches depends on the split, which rows they are does not.
 """
 
 from __future__ import annotations
 
 import collections
+import copy
 import datetime
 import itertools
 import math
@@ -33,10 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Data", "PackedDataset", "TrainLoader", "eval_batches", "prepare", "prepare_rows"]
 
-SCANNED = 20_000
+SCANNED = 4096
 """Rows at the start of a streamed dataset that its validation side is taken from."""
-STREAMED_VALIDATION = 512
-"""Most validation examples of a streamed dataset."""
 PATIENCE = datetime.timedelta(hours=12)
 """How long other ranks wait for rank 0 to tokenize."""
 
@@ -52,8 +51,8 @@ class Data:
         train: rows, or a stream.
         validation: rows of each family; families without a validation side are absent.
         validation_examples: the same as text.
-        report: for each dataset its family, source, licence, weight, and the numbers of rows (``rows``,
-            ``validation_rows``, ``dropped``, ``truncated``) and training ``tokens`` and ``targets``; for JSON.
+        report: for each dataset its family, source, licence, weight, and the numbers of rows (`rows`,
+            `validation_rows`, `dropped`, `truncated`) and training `tokens` and `targets`; for JSON.
     """
 
     train: PackedDataset | StreamedDataset
@@ -71,17 +70,19 @@ def prepare(
     *,
     evaluation: bool = False,
 ) -> Data:
-    """Find, split, tokenize and pack the datasets ``args`` names, and print where each came from.
+    """Find, split, tokenize and pack the datasets `args` names, and print where each came from.
 
-    Rank 0 tokenizes into the cache while the others wait. With ``evaluation`` a file is taken whole as validation
-    data, and named datasets give their validation side as always.
+    Rank 0 tokenizes into the cache while the others wait. `seed` decides which documents share a row. With
+    `evaluation` a file is taken whole as validation data, and named datasets give their validation side as
+    always.
 
     Raises:
-        UserError: on every rank, if the data cannot be had; see ``sources.resolve`` and ``documents.cached_entry``.
+        UserError: on every rank, if the data cannot be had; see `sources.resolve` and
+            `documents.cached_entry`.
     """
     if args.streaming and not evaluation:
         sources = _from_rank_0(lambda: resolve(args), rank, world_size)
-        data = _prepare_stream(args, tokenizer, sources)
+        data = _prepare_stream(args, tokenizer, sources, seed)
     else:
 
         def entries() -> list[tuple[Path, dict[str, Any]]]:
@@ -108,7 +109,7 @@ def prepare(
         for path, more in found:
             entry = read_entry(path)
             loaded.append(replace(entry, report=entry.report | more))
-        data = _collect(loaded, tokenizer, args)
+        data = _collect(loaded, tokenizer, args, seed)
     if rank == 0:
         for line in data.report:
             print(_describe(line), flush=True)
@@ -121,7 +122,7 @@ def prepare_rows(
     tokenizer: PreTrainedTokenizerBase,
     seed: int = 0,
 ) -> Data:
-    """Data from rows given directly: ``Example``s, or mappings with the columns of a known schema.
+    """Data from rows given directly: `Example`s, or mappings with the columns of a known schema.
 
     Raises:
         UserError: a row that fits no schema, no rows, or none with a target.
@@ -143,10 +144,12 @@ def prepare_rows(
         weight=1.0,
         note="",
     )
-    return _collect([entry], tokenizer, args)
+    return _collect([entry], tokenizer, args, seed)
 
 
-def _collect(entries: list[Entry], tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> Data:
+def _collect(
+    entries: list[Entry], tokenizer: PreTrainedTokenizerBase, args: DataArguments, seed: int
+) -> Data:
     """Datasets joined: one training set, and one validation set for each family."""
     pad_id = tokenizer.pad_token_id
     parts = [(entry.train, entry.report["weight"]) for entry in entries if len(entry.train)]
@@ -155,9 +158,11 @@ def _collect(entries: list[Entry], tokenizer: PreTrainedTokenizerBase, args: Dat
         if len(entry.validation):
             by_family[entry.validation_examples[0].family].append(entry)
     return Data(
-        train=PackedDataset(parts, args.max_length, pad_id),
+        train=PackedDataset(parts, args.max_length, pad_id, seed),
         validation={
-            family: PackedDataset([(entry.validation, 1.0) for entry in members], args.max_length, pad_id)
+            family: PackedDataset(
+                [(entry.validation, 1.0) for entry in members], args.max_length, pad_id, seed
+            )
             for family, members in by_family.items()
         },
         validation_examples={
@@ -168,7 +173,9 @@ def _collect(entries: list[Entry], tokenizer: PreTrainedTokenizerBase, args: Dat
     )
 
 
-def _prepare_stream(args: DataArguments, tokenizer: PreTrainedTokenizerBase, sources: list[Source]) -> Data:
+def _prepare_stream(
+    args: DataArguments, tokenizer: PreTrainedTokenizerBase, sources: list[Source], seed: int
+) -> Data:
     """A stream for training; validation examples are taken from the start of each source."""
     entries, streams = [], []
     for source in sources:
@@ -176,7 +183,7 @@ def _prepare_stream(args: DataArguments, tokenizer: PreTrainedTokenizerBase, sou
         if not start:
             raise UserError(f"dataset {source.name} has no rows")
         threshold = validation_threshold(start, args.validation_fraction)
-        validation = [example for example in start if example.split_hash() <= threshold][:STREAMED_VALIDATION]
+        validation = [example for example in start if example.split_hash() <= threshold]
         entry = make_entry(
             source.name,
             [],
@@ -191,12 +198,14 @@ def _prepare_stream(args: DataArguments, tokenizer: PreTrainedTokenizerBase, sou
         entry.report |= {"rows": None, "tokens": None, "targets": None}
         entries.append(entry)
         streams.append((source, threshold))
-    stream = StreamedDataset(streams, tokenizer, args.max_length, args.train_on_prompt, args.max_samples)
-    return replace(_collect(entries, tokenizer, args), train=stream)
+    # A copy, because threads tokenize the stream while others generate with the tokenizer.
+    own = copy.deepcopy(tokenizer)
+    stream = StreamedDataset(streams, own, args.max_length, args.train_on_prompt, args.max_samples)
+    return replace(_collect(entries, tokenizer, args, seed), train=stream)
 
 
 def _from_rank_0(make: Callable[[], Any], rank: int, world_size: int) -> Any:
-    """``make()`` of rank 0, on every rank; its UserError is raised on every rank. Also a barrier."""
+    """`make()` of rank 0, on every rank; its UserError is raised on every rank. Also a barrier."""
     if world_size == 1 or not torch.distributed.is_initialized():
         return make()
     group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
@@ -260,11 +269,11 @@ class TrainLoader:
             self.steps_per_epoch = math.ceil(len(dataset.epoch_rows(seed, 0)) / self.rows_per_step)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
-        """The steps of an epoch from ``start_step`` on; each is a list of ``accumulation`` microbatches.
+        """The steps of an epoch from `start_step` on; each is a list of `accumulation` microbatches.
 
-        A microbatch is a dict of int64 tensors ``[micro_batch_size, max_length]`` (see ``PackedDataset``). The last
-        step is filled with empty rows. The order depends on seed and epoch alone. A stream reads and tokenizes what
-        comes before ``start_step`` again.
+        A microbatch is a dict of int64 tensors `[micro_batch_size, max_length]` (see `PackedDataset`). The
+        last step is filled with empty rows. The order depends on seed and epoch alone. A stream reads and
+        tokenizes what comes before `start_step` again.
         """
         steps = self._streamed if isinstance(self.dataset, StreamedDataset) else self._mapped
         return steps(epoch, start_step)
@@ -284,6 +293,8 @@ class TrainLoader:
         )
         for step in itertools.count():
             members = list(itertools.islice(rows, self.rows_per_step))
+            if not members and step == 0:
+                raise UserError("no row of the streamed datasets has a target token; check the answers")
             if not members:
                 return
             if step >= start_step:
@@ -297,7 +308,7 @@ class TrainLoader:
 
 
 def ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """``map(function, items)`` in order, up to ``threads`` results computed ahead by as many threads."""
+    """`map(function, items)` in order, up to `threads` results computed ahead by as many threads."""
     if threads == 0:
         yield from map(function, items)
         return

@@ -14,15 +14,16 @@ EMPTY = -1
 """The index of a row that is all padding."""
 
 
-def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    """Which documents share a row: best fit, longest first, so rows are nearly full.
+def pack(lengths: Sequence[int], max_length: int, seed: int = 0) -> list[list[int]]:
+    """Which documents share a row: best fit, longest first, equally long ones in an order `seed` decides.
 
-    Every document is in exactly one row, and no row holds more than ``max_length`` tokens.
+    Every document is in exactly one row, and no row holds more than `max_length` tokens.
     """
     rows: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(max_length + 1)]  # rows by the room they have left
     rooms = 0  # bit r is set while with_room[r] is not empty
-    for document in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+    mixed = np.random.default_rng(seed).permutation(len(lengths))
+    for document in mixed[np.argsort(-np.asarray(lengths)[mixed], kind="stable")].tolist():
         length = int(lengths[document])
         assert 0 < length <= max_length, f"document of {length} tokens in rows of {max_length}"
         fitting = rooms >> length
@@ -41,28 +42,34 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 
 
 class PackedDataset(torch.utils.data.Dataset):
-    """Rows of ``max_length`` tokens, each of several whole documents and padding at the end.
+    """Rows of `max_length` tokens, each of several whole documents and padding at the end.
 
-    Item ``i`` is a dict of int64 tensors of shape ``[max_length]``:
-        input_ids: tokens; ``pad_id`` where padding is.
-        labels: the token itself where it is a target, else -100; not shifted. A document's first token never is one.
+    Item `i` is a dict of int64 tensors of shape `[max_length]`:
+        input_ids: tokens; `pad_id` where padding is.
+        labels: the token itself where it is a target, else -100; not shifted. A document's first token never
+            is one.
         document_ids: 1, 2, ... in the order of the row; 0 where padding is.
         position_ids: the position in its document; 0 where padding is.
-    Item ``EMPTY`` is a row of padding alone.
+    Item `EMPTY` is a row of padding alone.
 
     Args:
         parts: documents and their weight: how often an epoch shows them. A row holds documents of one part.
+        seed: decides which documents share a row.
 
     Attributes:
         num_examples, num_targets, target_bytes: sums over the parts, weights aside.
     """
 
-    def __init__(self, parts: Sequence[tuple[Documents, float]], max_length: int, pad_id: int) -> None:
+    def __init__(
+        self, parts: Sequence[tuple[Documents, float]], max_length: int, pad_id: int, seed: int = 0
+    ) -> None:
         self.max_length = max_length
         self.pad_id = pad_id
         self.parts = list(parts)
         self.rows = [
-            (part, row) for part, (docs, _) in enumerate(parts) for row in pack(docs.lengths(), max_length)
+            (part, row)
+            for part, (docs, _) in enumerate(parts)
+            for row in pack(docs.lengths(), max_length, seed)
         ]
         self.num_examples = sum(documents.examples for documents, _ in parts)
         self.num_targets = sum(int(documents.targets.sum()) for documents, _ in parts)
@@ -97,9 +104,10 @@ class PackedDataset(torch.utils.data.Dataset):
         return row
 
     def epoch_rows(self, seed: int, epoch: int) -> np.ndarray:
-        """Row indices of an epoch in its order, int64: a pure function of ``seed`` and ``epoch``.
+        """Row indices of an epoch in its order, int64: a pure function of `seed` and `epoch`.
 
-        A part of weight 2.3 gives each of its rows twice and three tenths of them, chosen anew each epoch, once more.
+        A part of weight 2.3 gives each of its rows twice and three tenths of them, chosen anew each epoch,
+        once more.
         """
         rng = np.random.default_rng([seed, epoch])
         owners = np.array([part for part, _ in self.rows], np.int64)
@@ -114,5 +122,5 @@ class PackedDataset(torch.utils.data.Dataset):
 
 
 def stack(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Rows as one microbatch: tensors of shape ``[len(rows), max_length]``."""
+    """Rows as one microbatch: tensors of shape `[len(rows), max_length]`."""
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

@@ -1,8 +1,8 @@
 """From an example to text and tokens: the prompt formats, and which tokens are targets.
 
-Prompt and answer are tokenized apart and joined, so that the tokens of a prompt in training are exactly those that
-generation starts from. Every answer ends with the end-of-sequence token, and only answers are targets unless
-``train_on_prompt`` is set.
+Prompt and answer are tokenized apart and joined, so that the tokens of a prompt in training are exactly those
+that generation starts from. Every answer ends with the end-of-sequence token, and only answers are targets
+unless `train_on_prompt` is set.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Segment = tuple[str, bool]
 def prompt_text(
     messages: Sequence[dict[str, str]], prompt_format: str, tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    """The text a model continues with its answer; ``messages`` ends with the user's turn."""
+    """The text a model continues with its answer; `messages` ends with the user's turn."""
     if prompt_format == "chat_template" and tokenizer.chat_template is not None:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     # A tokenizer that came without a chat template gets the plain instruction format.
@@ -53,11 +53,12 @@ def prompt_text(
 
 
 def segments(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    """The document as alternating prompt and answer texts; an answer's text ends with the end-of-sequence token.
+    """The document as alternating prompt and answer texts; an answer's text ends with the end-of-sequence
+    token.
 
-    An answer is what the rendered conversation gains by it: the text up to and including the answer less the text
-    that asks for it. A chat template that rewrites earlier turns (dropping their reasoning, say) leaves only the
-    turns for which this holds as answers.
+    An answer is what the rendered conversation gains by it: the text up to and including the answer less the
+    text that asks for it. A chat template that rewrites earlier turns (dropping their reasoning, say) leaves
+    only the turns for which this holds as answers.
     """
     pieces: list[Segment] = []
     done = ""
@@ -76,7 +77,7 @@ def segments(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Segme
 
 
 def _answer_text(example: Example, i: int, prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of answer ``i`` as it follows ``prompt``, ending with the end-of-sequence token."""
+    """The text of answer `i` as it follows `prompt`, ending with the end-of-sequence token."""
     if example.prompt_format == "chat_template" and tokenizer.chat_template is not None:
         rendered = tokenizer.apply_chat_template(example.messages[: i + 1], tokenize=False)
         if rendered.startswith(prompt) and tokenizer.eos_token in rendered[len(prompt) :]:
@@ -90,7 +91,7 @@ def encode_all(
     tokenizer: PreTrainedTokenizerBase,
     train_on_prompt: bool = False,
 ) -> list[tuple[list[int], list[int]]]:
-    """Token ids and labels of each example, not yet cut to a length; labels are ``IGNORED`` where no target is."""
+    """Token ids and labels of each example, not yet cut to a length; labels are -100 where no target is."""
     documents = [segments(example, tokenizer) for example in examples]
     texts = [text for document in documents for text, _ in document]
     encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
@@ -114,7 +115,7 @@ def encode(
     train_on_prompt: bool = False,
     max_length: int | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Token ids and labels of one example, both cut to ``max_length``.
+    """Token ids and labels of one example, both cut to `max_length`.
 
     Labels are not shifted: a target's label is its own token id, all else is -100.
     """

@@ -11,7 +11,7 @@ from typing import Any
 from training.config import UserError
 
 Rows = Iterator[tuple[str, Any]]
-"""Pairs of a place (``file:line``) and a row."""
+"""Pairs of a place (`file:line`) and a row."""
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".py")
 
@@ -20,8 +20,8 @@ def read_path(path: Path, split: str = "train") -> Rows:
     """Rows of a local dataset, read as it is iterated.
 
     Args:
-        path: a ``.jsonl``, ``.json`` (a list), ``.parquet`` or ``.py`` file, or a folder saved by ``datasets``.
-        split: which split of a folder that holds several; other paths have only ``train``.
+        path: a `.jsonl`, `.json` (a list), `.parquet` or `.py` file, or a folder saved by `datasets`.
+        split: which split of a folder that holds several; other paths have only `train`.
 
     Raises:
         UserError: the path is missing, empty, truncated or of another kind.
@@ -94,7 +94,7 @@ def _saved(path: Path, split: str) -> Rows:
         dataset = load_from_disk(str(path))
     except Exception as error:  # arrow, json and datasets each have errors of their own here
         raise UserError(
-            f"{path}: no folder written by datasets' save_to_disk, or a damaged one ({str(error).splitlines()[0]})"
+            f"{path}: damaged, or no folder written by save_to_disk ({str(error).splitlines()[0]})"
         ) from error
     if isinstance(dataset, DatasetDict):
         if split not in dataset:

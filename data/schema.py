@@ -1,4 +1,4 @@
-"""From a row with somebody's column names to an ``Example``."""
+"""From a row with somebody's column names to an `Example`."""
 
 from __future__ import annotations
 
@@ -86,10 +86,10 @@ def to_example(
     prompt_format: str | None = None,
     fields: Mapping[str, str] | None = None,
 ) -> Example:
-    """One row as an ``Example``.
+    """One row as an `Example`.
 
     Args:
-        row: a mapping of column names to values, or an ``Example``, which is returned as it is.
+        row: a mapping of column names to values, or an `Example`, which is returned as it is.
         where: file and line, for messages.
         family, prompt_format: override what the columns suggest.
         fields: our field name -> the row's column; only these columns are then looked at.

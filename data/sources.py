@@ -1,13 +1,15 @@
-"""Which data a ``--dataset`` means, where it comes from, and its split into training and validation.
+"""Which data a `--dataset` means, where it comes from, and its split into training and validation.
 
-A name is looked for in this order: your own entries (``--dataset-config``), a task family (hub primary, hub fallback,
-then embedded), an embedded dataset, a path, a hub name. What was used is in ``Source.origin`` and ``Source.note``.
+A name is looked for in this order: your own entries (`--dataset-config`), a task family (hub primary, hub
+fallback, then embedded), an embedded dataset, a path, a hub name. `Source.origin` and `Source.note` say what
+was used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.metadata
 import itertools
 import platform
 import re
@@ -25,7 +27,7 @@ from training.config import DataArguments, UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Embedded:
-    """A dataset made or found on this machine: a function of a module of this package that yields examples."""
+    """A dataset made or found on this machine: a function of this package that yields examples."""
 
     family: str
     function: str
@@ -33,13 +35,20 @@ class Embedded:
     about: str
 
 
+OURS = "this project's"
 EMBEDDED = {
     "chitchat": Embedded("chat", "data.conversations:conversations", "MIT", "human conversations"),
-    "instructions": Embedded("chat", "data.instructions:instructions", "this project's", "procedural, one right answer"),
-    "stdlib": Embedded("code", "data.stdlib_functions:stdlib_functions", "PSF", "Python's documented functions"),
-    "functions": Embedded("code", "data.code_tasks:code_tasks", "this project's", "procedural, with unit tests"),
-    "word_problems": Embedded("reasoning", "data.word_problems:word_problems", "this project's", "procedural, with steps"),
-}  # fmt: skip
+    "instructions": Embedded(
+        "chat", "data.instructions:instructions", OURS, "procedural, one right answer each"
+    ),
+    "stdlib": Embedded(
+        "code", "data.stdlib_functions:stdlib_functions", "PSF", "Python's documented functions"
+    ),
+    "functions": Embedded("code", "data.code_tasks:code_tasks", OURS, "procedural, with unit tests"),
+    "word_problems": Embedded(
+        "reasoning", "data.word_problems:word_problems", OURS, "procedural, with steps"
+    ),
+}
 GROUPS = {"all": tuple(HUB), "embedded": tuple(EMBEDDED)}
 LICENCES = {name: dataset.licence for name, dataset in EMBEDDED.items()} | {
     dataset.path: dataset.licence for datasets in HUB.values() for dataset in datasets
@@ -54,7 +63,7 @@ class Source:
         name: what the report calls it.
         kind: embedded, path or hub.
         location: an embedded dataset's name, a path, or a hub name.
-        origin: ``embedded``, ``hub``, ``hub fallback``, or the path.
+        origin: `embedded`, `hub`, `hub fallback`, or the path.
         weight: how often an epoch shows it.
         note: why it is not the first choice, empty if it is.
         family, prompt_format, fields: override what the columns suggest.
@@ -77,7 +86,7 @@ class Source:
     validation: str | None = None
 
     def examples(self, split: str = "train", streaming: bool = False) -> Iterator[Example]:
-        """The rows as examples; ``split="validation"`` gives the dataset's own validation set, often empty.
+        """The rows as examples; `split="validation"` gives the dataset's own validation set, often empty.
 
         Raises:
             UserError: a file or row that cannot be read, naming file and line.
@@ -104,12 +113,11 @@ class Source:
         return hub_rows(self.location, self.configs, self.revision, streaming)
 
     def fingerprint(self) -> str:
-        """A hash of the content: equal for equal rows, so that a cache of what is made from them is never stale."""
+        """A hash of the content, which together with this package's code decides the rows."""
         digest = hashlib.sha256()
         if self.kind == "embedded":
-            digest.update(f"{self.location} {platform.python_version()}".encode())
-            for path in sorted(Path(__file__).parent.glob("*.py")):
-                digest.update(path.read_bytes())
+            made_from = platform.python_version(), importlib.metadata.version("chitchat-dataset")
+            digest.update(f"{self.location} {made_from}".encode())
         elif self.kind == "hub":
             digest.update(f"{self.location} {self.configs} {self.revision}".encode())
         elif self.location.endswith(".py"):
@@ -131,11 +139,11 @@ def _function(name: str) -> Any:
 
 
 def resolve(args: DataArguments) -> list[Source]:
-    """The sources that ``args.dataset`` means.
+    """The sources that `args.dataset` means.
 
     Raises:
-        UserError: an unknown name, a weight that is no positive number, a name given twice, a missing file, a hub
-            dataset that cannot be had, or a mistake in the ``--dataset-config`` file.
+        UserError: an unknown name, a weight that is no positive number, a name given twice, a missing file,
+            a hub dataset that cannot be had, or a mistake in the `--dataset-config` file.
     """
     custom = read_dataset_config(Path(args.dataset_config)) if args.dataset_config else {}
     hub = Hub()
@@ -155,7 +163,7 @@ def resolve(args: DataArguments) -> list[Source]:
 
 
 def _parse(spec: str) -> Iterator[tuple[str, float]]:
-    """Names and weights of ``chat:2,my.jsonl``."""
+    """Names and weights of `chat:2,my.jsonl`."""
     for part in spec.split(","):
         name, colon, weight = part.strip().rpartition(":")
         if not colon or (re.search(r"[/\\.]", weight) and not re.fullmatch(r"[\d.]+", weight)):
@@ -296,10 +304,10 @@ def read_dataset_config(path: Path) -> dict[str, Source]:
 
 
 def validation_threshold(examples: Iterable[Example], fraction: float) -> int:
-    """The split hash up to which an example is held out: ``fraction`` of the distinct hashes, at least one.
+    """The split hash up to which an example is held out: `fraction` of the distinct hashes, at least one.
 
-    A hash stands for a template, a file or a prompt, so none of these is ever on both sides. If there is only one
-    hash, or ``fraction`` is 0, nothing is held out.
+    A hash stands for a template, a file or a prompt, so none of these is ever on both sides. If there is only
+    one hash, or `fraction` is 0, nothing is held out.
     """
     hashes = sorted({example.split_hash() for example in examples})
     if fraction == 0 or len(hashes) < 2:
@@ -307,16 +315,16 @@ def validation_threshold(examples: Iterable[Example], fraction: float) -> int:
     by_share = int(fraction * 2**64)
     if any(example.template for example in itertools.islice(examples, 1)):
         return hashes[max(1, round(fraction * len(hashes))) - 1]
-    # A prompt's side depends on its own text alone, so a file that grows moves no row from one side to the other.
+    # A prompt's side depends on its own text alone: a file that grows moves no row to the other side.
     return min(max(by_share, hashes[0]), hashes[-1] - 1)
 
 
 def split_examples(
     source: Source, args: DataArguments, evaluation: bool = False
 ) -> tuple[list[Example], list[Example]]:
-    """Training and validation examples of a source, each at most ``args.max_samples``.
+    """Training and validation examples of a source, each at most `args.max_samples`.
 
-    ``evaluation`` takes a file, which was given to be evaluated, as validation examples whole.
+    `evaluation` takes a file, which was given to be evaluated, as validation examples whole.
     """
     own = list(itertools.islice(source.examples("validation"), args.max_samples))
     limit = args.max_samples if source.kind != "embedded" else None
@@ -332,14 +340,14 @@ def split_examples(
 
 
 def load_examples(spec: str, args: DataArguments, split: str = "train") -> list[Example]:
-    """The examples of a dataset spec on one side of the validation split (``train`` or ``validation``)."""
+    """The examples of a dataset spec on one side of the validation split (`train` or `validation`)."""
     index = ("train", "validation").index(split)
     sources = resolve(replace(args, dataset=spec))
     return [example for source in sources for example in split_examples(source, args)[index]]
 
 
 def list_datasets() -> str:
-    """The table that ``--list-datasets`` prints."""
+    """The table that `--list-datasets` prints."""
     rows = [("name", "family", "source", "licence", "")]
     for family, datasets in HUB.items():
         for dataset, origin in zip(datasets, ("hub", "hub fallback"), strict=True):
@@ -358,6 +366,6 @@ def list_datasets() -> str:
             "",
             f"--dataset all = {', '.join(HUB)}: each from the hub if it answers, else its embedded data.",
             f"--dataset embedded = {', '.join(EMBEDDED)}.",
-            f"Also any path ({', '.join(SUFFIXES)}, a folder saved by datasets) and any hub name (owner/name).",
+            f"Any path ({', '.join(SUFFIXES)}, a folder saved by datasets), any hub name (owner/name).",
         ]
     )

@@ -39,7 +39,7 @@ def stdlib_files() -> list[Path]:
 
 
 def stdlib_functions(longest: int = 700) -> Iterator[Example]:
-    """``docstring -> function`` pairs whose code is at most ``longest`` characters.
+    """`docstring -> function` pairs whose code is at most `longest` characters.
 
     A whole file is on one side of the validation split. The order mixes the files.
     """

@@ -28,10 +28,10 @@ CHUNK = 512
 class StreamedDataset:
     """The training side of sources that are read as a stream.
 
-    The order is a pure function of seed and epoch, so a run resumes by reading the epoch again up to its place.
+    The order is a pure function of seed and epoch: a run resumes by reading the epoch again up to its place.
 
     Attributes:
-        sources: sources with the highest ``split_hash`` of their validation side.
+        sources: sources with the highest `split_hash` of their validation side.
     """
 
     sources: list[tuple[Source, int]]
@@ -46,7 +46,7 @@ class StreamedDataset:
         return self.tokenizer.pad_token_id
 
     def chunks(self, seed: int, epoch: int) -> Iterator[list[Example]]:
-        """The epoch's examples in their order, ``CHUNK`` at a time."""
+        """The epoch's examples in their order, `CHUNK` at a time."""
         rng = random.Random(f"{seed}/{epoch}")
         examples = shuffled(self._mixed(rng), BUFFER, rng)
         while chunk := list(itertools.islice(examples, CHUNK)):
@@ -81,7 +81,7 @@ class StreamedDataset:
 
 
 def shuffled(examples: Iterator[Example], size: int, rng: random.Random) -> Iterator[Example]:
-    """The same examples in another order, with at most ``size`` of them held at a time."""
+    """The same examples in another order, with at most `size` of them held at a time."""
     buffer = list(itertools.islice(examples, size))
     rng.shuffle(buffer)
     for example in examples:

@@ -14,10 +14,10 @@ TOKENIZER_DIR = Path(__file__).parent / "tokenizer"
 
 
 def load_tokenizer(path: str | Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer in the directory ``path`` (default: ours), read without the network.
+    """The tokenizer in the directory `path` (default: ours), read without the network.
 
-    A tokenizer that names no padding token pads with its end-of-sequence token: rows carry document numbers, so
-    padding is never told by its id.
+    A tokenizer that names no padding token pads with its end-of-sequence token: rows carry document numbers,
+    so padding is never told by its id.
 
     Raises:
         UserError: the directory is missing, holds no readable tokenizer, or the tokenizer ends no sequence.

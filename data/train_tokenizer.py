@@ -3,9 +3,9 @@
     python data/train_tokenizer.py                       # writes data/tokenizer
     python data/train_tokenizer.py --output DIR --vocab-size 8192
 
-The text comes from what requirements.txt installs: the standard library's source, human conversations, documentation
-of the pinned packages, and the procedural generators of this package. With the versions recorded in
-``training.json`` beside the tokenizer the result is the same to the byte.
+The text comes from what requirements.txt installs: the standard library's source, human conversations,
+documentation of the pinned packages, and the procedural generators of this package. With the versions
+recorded in `training.json` beside the tokenizer the result is the same to the byte.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from data.word_problems import word_problems
 VOCAB_SIZE = 32_768
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 DOCUMENTED = ("transformers", "datasets", "matplotlib", "hypothesis", "wandb", "deepspeed")
-"""Pinned packages whose docstrings are English prose to learn from."""
-CHAT_REPEATS = 3
+"""Pinned packages whose docstrings are English prose to learn from (folders `models` repeat themselves)."""
+CHAT_REPEATS = 2
 """How often conversations are counted: everyday English is scarce in the rest."""
 
-# Contractions, words with the character before them, numbers in groups of at most two digits, punctuation, space.
+# Contractions, words with the character before them, at most two digits, punctuation, space.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# ChatML. What stands between the generation marks is what a model writes. The newline is an expression because a
-# bare one after a block tag would be trimmed.
+# ChatML. What stands between the generation marks is what a model writes. The newline is an expression
+# because a bare one after a block tag would be trimmed.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -68,12 +68,15 @@ def stdlib_text() -> Iterator[str]:
 
 
 def documentation() -> Iterator[str]:
-    """The distinct docstrings of the packages in ``DOCUMENTED``."""
+    """The distinct docstrings of the packages in `DOCUMENTED`."""
     seen: set[str] = set()
     for package in DOCUMENTED:
         spec = importlib.util.find_spec(package)
         assert spec is not None and spec.submodule_search_locations, f"{package} is not installed"
-        for path in sorted(Path(spec.submodule_search_locations[0]).rglob("*.py")):
+        root = Path(spec.submodule_search_locations[0])
+        for path in sorted(
+            path for path in root.rglob("*.py") if "models" not in path.relative_to(root).parts
+        ):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", SyntaxWarning)
                 try:
@@ -114,7 +117,7 @@ def corpus() -> Iterator[str]:
 
 
 def train(texts: Iterator[str], vocab_size: int = VOCAB_SIZE):
-    """A byte-level BPE ``tokenizers.Tokenizer`` of exactly ``vocab_size`` entries trained on ``texts``."""
+    """A byte-level BPE `tokenizers.Tokenizer` of exactly `vocab_size` entries trained on `texts`."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -146,7 +149,7 @@ def versions() -> dict[str, str]:
 
 
 def save(tokenizer, directory: Path) -> None:
-    """Write the tokenizer with its chat template, and ``training.json``: the versions, and the md5 of the result."""
+    """Write the tokenizer with its chat template, and `training.json`: versions and the md5 of the result."""
     from transformers import PreTrainedTokenizerFast
 
     wrapped = PreTrainedTokenizerFast(

@@ -10,7 +10,7 @@ _NUMBER = re.compile(r"####\s*\$?\s*(-?[\d,]*\.?\d+)")
 
 
 def final_number(text: str) -> str | None:
-    """The number after the last ``####`` in a plain spelling (``1,200.50`` -> ``1200.5``), None if there is none."""
+    """The number after the last `####`, spelt plainly (`1,200.50` -> `1200.5`), None if there is none."""
     found = _NUMBER.findall(text)
     if not found:
         return None
@@ -19,7 +19,7 @@ def final_number(text: str) -> str | None:
 
 
 def final_box(text: str) -> str | None:
-    r"""The content of the last ``\boxed{...}``, braces balanced, white space removed; None if there is none."""
+    r"""The content of the last `\boxed{...}`, braces balanced, white space removed; None if there is none."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -32,10 +32,10 @@ def final_box(text: str) -> str | None:
 
 
 def is_correct(example: Example, text: str) -> bool | None:
-    """Whether ``text`` answers ``example``; None when only running code or a reader could tell.
+    """Whether `text` answers `example`; None when only running code or a reader could tell.
 
-    Reasoning: the final number (or box) equals the reference's. The procedural instructions have one right answer
-    each: equal but for case, white space and a closing full stop.
+    Reasoning: the final number (or box) equals the reference's. The procedural instructions have one right
+    answer each: equal but for case, white space and a closing full stop.
     """
     if example.family == "reasoning":
         for final in (final_number, final_box):
