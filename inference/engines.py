@@ -2,8 +2,8 @@
 
 torch        the model as it is.
 deepspeed    `deepspeed.init_inference`. Over N ranks its automatic tensor parallelism splits the attention
-             projections and the output head; it knows linear layers only, so the experts, most of the
-             weights, are split here, along their hidden width. Embedding, norms and routers stay whole.
+             projections; it knows plain linear layers only, so the experts, most of the weights, are split
+             here, along their hidden width. Embedding, output head, norms and routers stay whole.
 offload      a ZeRO-3 engine without an optimizer (ZeRO-Inference): weights stay in host memory and pass
              through the GPU module by module.
 """
@@ -61,10 +61,12 @@ class Engine:
         while (question := self._announce(None)) is not None:
             for _ in self._decode(*question, stop=lambda: False):
                 pass
+        self._leave()
 
     def close(self) -> None:
         """On rank 0: let the other ranks leave."""
         self._announce(None)
+        self._leave()
 
     def _announce(self, question: tuple[list[int], Sampling] | None) -> tuple[list[int], Sampling] | None:
         if self.control is None:
@@ -74,6 +76,12 @@ class Engine:
         message = [question]
         dist.broadcast_object_list(message, src=0, group=self.control)
         return message[0]
+
+    def _leave(self) -> None:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
     def _decode(self, prompt: Sequence[int], sampling: Sampling, stop: Callable[[], bool]) -> Iterator[int]:
         steps = decode(
@@ -125,17 +133,15 @@ def start_workers(ranks: int) -> None:
 
 
 def choose_device(name: str | None, ranks: int) -> str:
-    """cuda:<local rank> or cpu. Raises UserError where there are fewer GPUs than ranks on this machine."""
+    """cuda:<local rank> or cpu. Raises UserError where this machine has no GPU, or fewer than ranks."""
     import torch
 
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
+    from training.plan import resolve_device
+
+    if resolve_device(name) == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported
-        return name
+        return "cpu"
     gpus = torch.cuda.device_count()
-    if gpus == 0:
-        raise UserError("--device cuda: no GPU is visible here; use --device cpu")
     if gpus < ranks:
         raise UserError(f"{ranks} ranks need as many GPUs and {gpus} are visible: use --num-gpus {gpus}")
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -143,10 +149,9 @@ def choose_device(name: str | None, ranks: int) -> str:
 
 def choose_dtype(precision: str | None, device: str) -> torch.dtype:
     """The dtype of `--precision`; bf16 on a GPU and fp32 on CPU by default."""
-    import torch
+    from training.engine import DTYPES
 
-    names = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    return names[precision or ("fp32" if device == "cpu" else "bf16")]
+    return DTYPES[precision or ("fp32" if device == "cpu" else "bf16")]
 
 
 def open_engine(source: ModelSource, arguments: EngineArguments) -> Engine:
@@ -215,7 +220,13 @@ def _join_ranks(device: str) -> ProcessGroup:
     deepspeed.init_distributed("gloo" if device == "cpu" else "nccl", verbose=False, timeout=PATIENCE)
     if dist.get_rank() > 0:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return dist.new_group(backend="gloo", timeout=PATIENCE)
+    control = dist.new_group(backend="gloo", timeout=PATIENCE)
+    dist.barrier(group=control)
+    # DeepSpeed's CPU all-reduce would leave its buffer, 69 MB a rank, behind; all ranks have it open by now.
+    name = "deepspeed_allreduce_buffer_*_{MASTER_ADDR}_{MASTER_PORT}_{RANK}".format(**os.environ)
+    for buffer in Path("/dev/shm").glob(name):
+        buffer.unlink()
+    return control
 
 
 def _tensor_parallel(model: torch.nn.Module, dtype: torch.dtype, ranks: int) -> torch.nn.Module:

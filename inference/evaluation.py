@@ -43,7 +43,8 @@ def evaluate_loss(
 
     loss: mean cross entropy of the target tokens, nats. bits_per_byte: the same information per UTF-8 byte of
     target text, which compares across tokenizers. tokens: targets. samples: examples. Each rank computes its
-    share; all ranks make equally many forward passes (ZeRO-3 needs that) and return the same numbers.
+    share; all ranks make equally many forward passes (ZeRO-3 needs that) and return the same numbers. Without
+    any targets the losses are nan.
     """
     import torch
     import torch.distributed as dist
@@ -65,18 +66,18 @@ def evaluate_loss(
         assert targets == dataset.num_targets, (family, targets, dataset.num_targets)
         sums[family] = (loss_sum, dataset.num_targets, dataset.target_bytes, dataset.num_examples)
     model.train(was_training)
-    overall = tuple(sum(column) for column in zip(*sums.values(), strict=True))
+    overall = tuple(sum(column) for column in zip((0.0, 0, 0, 0), *sums.values(), strict=True))
     return {name: _loss_row(*row) for name, row in {**sums, "overall": overall}.items()}
 
 
 def _loss_row(loss_sum: float, targets: int, target_bytes: int, samples: int) -> dict[str, float]:
     from training.metrics import perplexity
 
-    loss = loss_sum / targets
+    loss = loss_sum / targets if targets else math.nan
     return {
         "loss": loss,
         "perplexity": perplexity(loss),
-        "bits_per_byte": loss_sum / target_bytes / math.log(2),
+        "bits_per_byte": loss_sum / target_bytes / math.log(2) if targets else math.nan,
         "tokens": targets,
         "samples": samples,
     }
