@@ -84,6 +84,17 @@ else
         stamp >"$venv/stamp"
     fi
 fi
+if [[ "$venv" == *[!A-Za-z0-9/._+@%=:,-]* ]]; then
+    # PyTorch cannot link DeepSpeed's ops against a path with spaces, so the environment gets a plain second name.
+    home=~
+    plain="${XDG_CACHE_HOME:-$home/.cache}/pragnosia/environment-$(cksum <<<"$venv" | cut -d ' ' -f 1)"
+    [[ "$plain" != *[!A-Za-z0-9/._+@%=:,-]* ]] ||
+        die "neither $venv nor $plain can be built in: set XDG_CACHE_HOME to a path without spaces"
+    mkdir -p -- "$(dirname -- "$plain")"
+    ln -sfn -- "$venv" "$plain"
+    venv="$plain"
+    python="$venv/bin/python"
+fi
 export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH" # DeepSpeed calls ninja by name
 
 case "$verb" in
