@@ -112,6 +112,10 @@ def build_engine(
         model.gradient_checkpointing_enable()
     optimizer = build_optimizer(parameter_groups(model, args), ds_config)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    if not engine.zero_optimization():
+        # DeepSpeed's optimizer for bf16 and fp16 without ZeRO creates its state by a step on zero gradients, which
+        # would count in Adam's bias correction. (Its weight decay, one step's, stays.)
+        optimizer.state.clear()
     return engine
 
 

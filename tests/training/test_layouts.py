@@ -29,14 +29,18 @@ FOUR = {name: PLACED[name] for name in ("stage 0", "stage 2", "stage 3", "zero3"
 
 # With every step clipped hard, and no loss over tokens beside the one over targets, a step does not depend on
 # the number of targets it is divided by, which counts those of a microbatch that was left out.
-SCALE_FREE = {"z": 0.0, "clip": 1e-3, "steps": [0, 1, 2, 3, 4]}
+SCALE_FREE = {"z": 0.0, "clip": 1e-3, "steps": [0, 1, 2, 3]}
 # Rows of microbatches, in order: on one rank accumulating four times 0, 1, 2, 3; on two ranks accumulating
 # twice 0 and 1, then 2 and 3.
 POISON_FIRST, POISON_LAST = {"poisoned": [[2, 0]]}, {"poisoned": [[2, 3]]}
 
+REFERENCE, SHORT_REFERENCE = "1 rank, stage 0", "1 rank, stage 0, short"
 EQUAL = {
     **{f"1 rank, {name}": {"ranks": 1, **layout} for name, layout in PLACED.items()},
     **{f"2 ranks, {name}": {"ranks": 2, **layout} for name, layout in PLACED.items()},
+}
+SHORT = {  # the same for fewer steps
+    SHORT_REFERENCE: {"ranks": 1, "stage": 0},
     "1 rank, pages of 1": {"ranks": 1, **PAGED, "page_size": 1},
     "1 rank, one page": {"ranks": 1, **PAGED, "page_size": 8},
     **{f"1 rank, 4 microbatches, {n}": {"ranks": 1, "accumulation": 4, **x} for n, x in PLACED.items()},
@@ -44,20 +48,21 @@ EQUAL = {
     **{f"1 rank, recompute, {name}": {"ranks": 1, "checkpointing": True, **x} for name, x in FOUR.items()},
     **{f"2 ranks, recompute, {name}": {"ranks": 2, "checkpointing": True, **x} for name, x in FOUR.items()},
 }
+SHORT = {name: {"steps": [0, 1, 2, 3, 4], **layout} for name, layout in SHORT.items()}
 BF16 = {
-    f"{ranks} rank, bf16, {name}": {"ranks": ranks, "precision": "bf16", **layout}
+    f"{ranks} rank, bf16, {name}": {"ranks": ranks, "precision": "bf16", "steps": list(range(10)), **layout}
     for ranks in (1, 2)
     for name, layout in PLACED.items()
 }
 FORCED = {  # experts 4 to 7 get no token, 0 and 1 none on rank 1, 2 and 3 none on rank 0
     f"2 ranks, forced router, {name}": {
-        "ranks": 2, "router": [[0, 1], [2, 3]], "steps": [0, 1, 2, 3], **layout
+        "ranks": 2, "router": [[0, 1], [2, 3]], "steps": [0, 1], **layout
     }
     for name, layout in (*PLACED.items(), ("recompute", {**PLACED["zero3"], "checkpointing": True}))
 }  # fmt: skip
 # A poisoned layout and the undisturbed one it must equal: the step left out, or the microbatch emptied.
 NAN_REFERENCES = {
-    "step left out": {**SCALE_FREE, "ranks": 1, "stage": 0, "steps": [0, 1, 3, 4]},
+    "step left out": {**SCALE_FREE, "ranks": 1, "stage": 0, "steps": [0, 1, 3]},
     "row 0 emptied": {**SCALE_FREE, "ranks": 1, "stage": 0, "emptied": [[2, 0]]},
     "row 3 emptied": {**SCALE_FREE, "ranks": 1, "stage": 0, "emptied": [[2, 3]]},
     "rows 0 and 1 emptied": {**SCALE_FREE, "ranks": 1, "stage": 0, "emptied": [[2, 0], [2, 1]]},
@@ -76,13 +81,13 @@ for name, layout in FOUR.items():
         case = f"{ranks} rank, NaN in row {poison['poisoned'][0][1]} of {accumulation} microbatches, {name}"
         fields = {**SCALE_FREE, "ranks": ranks, "accumulation": accumulation, **poison, **layout}
         NAN[case] = (fields, reference)
-LAYOUTS = {**EQUAL, **BF16, **FORCED, **NAN_REFERENCES, **{case: fields for case, (fields, _) in NAN.items()}}
+POISONED = {case: fields for case, (fields, _) in NAN.items()}
+LAYOUTS = {**EQUAL, **SHORT, **BF16, **FORCED, **NAN_REFERENCES, **POISONED}
 
-REFERENCE = "1 rank, stage 0"
 GRADIENT_TOLERANCE = 1e-5  # relative, a tensor: sums in another order
-LOSS_TOLERANCE = 1e-5  # relative, each of 20 steps
-WEIGHT_TOLERANCE = 1e-4  # relative, a tensor: Adam divides gradients near zero by themselves
-BF16_LOSS_TOLERANCE = 2e-2  # relative, against fp32
+LOSS_TOLERANCE = 1e-5  # relative, every step
+WEIGHT_TOLERANCE = 1e-5  # relative, a tensor: Adam divides gradients near zero by themselves
+BF16_LOSS_TOLERANCE = 2e-3  # relative, against fp32
 
 
 def run_worker(layouts: list[dict], ranks: int, directory: Path) -> list[dict]:
@@ -153,9 +158,11 @@ def assert_close(found: dict, expected: dict, tolerance: float) -> None:
     assert errors[worst] <= tolerance, f"{worst}: {errors[worst]:.1e}"
 
 
-@pytest.mark.parametrize("name", [name for name in EQUAL if name != REFERENCE])
+@pytest.mark.parametrize(
+    "name", [name for name in (*EQUAL, *SHORT) if name not in (REFERENCE, SHORT_REFERENCE)]
+)
 def test_layouts_are_equal(results, name):
-    found, expected = results[name], results[REFERENCE]
+    found, expected = results[name], results[REFERENCE if name in EQUAL else SHORT_REFERENCE]
     assert_close(found["gradients"], expected["gradients"], GRADIENT_TOLERANCE)
     assert found["losses"] == pytest.approx(expected["losses"], rel=LOSS_TOLERANCE)
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
@@ -165,12 +172,13 @@ def test_layouts_are_equal(results, name):
 def test_the_reference_learns(results):
     """Equality of models that stand still would prove nothing."""
     losses = results[REFERENCE]["losses"]
-    assert losses[-1] < 0.8 * losses[0] and all(results[REFERENCE]["applied"])
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5]) and all(results[REFERENCE]["applied"])
 
 
 @pytest.mark.parametrize("name", BF16)
 def test_bf16_layouts_follow_fp32(results, name):
-    found, expected = results[name]["losses"], results[REFERENCE]["losses"]
+    found = results[name]["losses"]
+    expected = results[REFERENCE]["losses"][: len(found)]
     assert found == pytest.approx(expected, rel=BF16_LOSS_TOLERANCE)
     assert found[-1] != expected[-1], "this was not bf16"
 
@@ -191,7 +199,7 @@ def test_a_microbatch_with_a_loss_of_nan_leaves_no_trace(results, name):
     layout, reference = NAN[name]
     found, expected = results[name], results[reference]
     losses = [loss for loss, applied in zip(found["losses"], found["applied"], strict=True) if applied]
-    assert found["applied"] == [True, True, layout["accumulation"] > 1, True, True]
+    assert found["applied"] == [True, True, layout["accumulation"] > 1, True]
     assert losses == pytest.approx(expected["losses"], rel=LOSS_TOLERANCE)
     assert_close(found["weights"], expected["weights"], WEIGHT_TOLERANCE)
 
