@@ -24,6 +24,7 @@ from inference.evaluation import (
     evaluate_answers,
     evaluate_loss,
 )
+from inference.generation import context_length
 from training.config import DataArguments, UserError, run_script
 
 COLUMNS = ("loss", "perplexity", "bits_per_byte", "tokens", "samples", "exact_match", "pass_rate", "answers")
@@ -49,10 +50,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     ranks = start_ranks("cpu" if device == "cpu" else "cuda")
     model, tokenizer = load_model(path, ranks.device, dtype)
+    context = context_length(model)
+    max_length = arguments.max_length or min(512, context)
+    if max_length > context:
+        raise UserError(f"--max-length {max_length} is beyond the model's context of {context} tokens")
     data = prepare(
         DataArguments(
             dataset=arguments.dataset,
-            max_length=arguments.max_length,
+            max_length=max_length,
             max_samples=arguments.max_samples,
             cache_dir=arguments.cache_dir,
             dataset_config=arguments.dataset_config,
@@ -86,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "checkpoint": str(path.resolve()),
             "dataset": arguments.dataset,
             "max_samples": arguments.max_samples,
-            "max_length": arguments.max_length,
+            "max_length": max_length,
             "batch_size": arguments.batch_size,
             "precision": str(dtype).removeprefix("torch."),
             "device": str(ranks.device),

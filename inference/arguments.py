@@ -30,7 +30,9 @@ class EvaluationArguments(Checked):
     max_samples: int | None = option(
         None, "use at most this many examples of each dataset, and answer as many", minimum=1
     )
-    max_length: int = option(512, "tokens in a row; a longer example is cut", minimum=2)
+    max_length: int | None = option(
+        None, "tokens in a row; a longer example is cut (default: 512, or the context if less)", minimum=2
+    )
     show_examples: int = option(0, "answers to print, of each family", minimum=0)
     output_file: str | None = option(None, "JSON file for the results")
     execute_code: bool = option(False, "run generated code against its unit tests, with limits")

@@ -146,7 +146,7 @@ class Chat:
         answered = [turn for turn in self.turns if turn.answer]
         chat = [message for turn in answered if turn.mode == "chat" for message in turn.messages]
         rows = [{"messages": chat}] if chat else []
-        rows += [{"messages": turn.messages} for turn in answered if turn.mode == "code"]
+        rows += [{"docstring": t.question, "code": t.answer} for t in answered if t.mode == "code"]
         if not rows:
             raise UserError("there is nothing to save yet")
         path = Path(file).expanduser()

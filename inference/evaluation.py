@@ -7,6 +7,7 @@ size nor the number of ranks changes it. torch is imported inside the functions.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,7 @@ def evaluate_loss(
     """
     import torch
     import torch.distributed as dist
+
     from data.loader import eval_batches
 
     was_training = model.training
@@ -131,9 +133,12 @@ def check_answer(example: Example, answer: str, execute_code: bool) -> bool | No
     """Whether an answer is right, None if nothing can tell; generated code runs only if `execute_code`."""
     from data.verify import is_correct
 
-    if example.tests is not None:
-        return passes_tests(answer, example.tests) if execute_code else None
-    return is_correct(example, answer)
+    if example.tests is None:
+        return is_correct(example, answer)
+    if not execute_code:
+        return None
+    fenced = re.search(r"```(?:python|py)?\n(.*?)(?:```|$)", answer, flags=re.DOTALL)
+    return passes_tests(fenced[1] if fenced else answer, example.tests)
 
 
 def can_be_checked(example: Example, execute_code: bool) -> bool:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pexpect
 import pytest
 
+from data.schema import to_example
+
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 YOU = "you> "
@@ -148,9 +150,10 @@ def test_save_is_a_dataset(terminal, tmp_path) -> None:
     file = tmp_path / "my chat.jsonl"
     assert "Saved 2 turns" in terminal.say(f"/save {file}")
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    assert [[m["role"] for m in row["messages"]] for row in rows] == [["user", "assistant"]] * 2
-    assert [row["messages"][0]["content"] for row in rows] == ["hello", "add two numbers"]
-    assert all(row["messages"][1]["content"] for row in rows)
+    examples = [to_example(row, dataset="saved", where="") for row in rows]
+    assert [example.family for example in examples] == ["chat", "code"]
+    assert [example.messages[0]["content"] for example in examples] == ["hello", "add two numbers"]
+    assert all(example.answer() for example in examples)
 
 
 def test_ctrl_c_at_the_prompt_gives_a_hint(terminal) -> None:
