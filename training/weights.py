@@ -61,10 +61,13 @@ def directory_weights(directory: Path) -> Source:
     if not files:
         raise UserError(f"{directory} holds no *.safetensors weights")
 
-    def read(name: str) -> Tensor:
+    def file_of(name: str):
         if name not in files:
             raise UserError(f"{directory} has no tensor {name}: it is of another architecture or incomplete")
-        return files[name].get_tensor(name)
+        return files[name]
+
+    def read(name: str) -> Tensor:
+        return file_of(name).get_tensor(name)
 
     def source(name: str, shape: torch.Size, first: int | None) -> Tensor:
         match = _EXPERT.match(name)
@@ -81,7 +84,7 @@ def directory_weights(directory: Path) -> Source:
                     [read(f"{bank}.{e}.{projection}.weight") for e in range(rows.start, rows.stop)]
                 )
         elif first is not None:
-            value = files[name].get_slice(name)[first : first + shape[0]]
+            value = file_of(name).get_slice(name)[first : first + shape[0]]
         else:
             value = read(name)
         if value.shape != shape:
