@@ -71,6 +71,16 @@ def _aside(final: Path) -> Path:
     return final.with_name(f".old-{final.name}")
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether a write failed because the disk is full; every library says so in its own way."""
+    words = ("No space left", "Disk quota", "inline_container")  # the last: torch.save
+    while error is not None:
+        if any(word in str(error) for word in words):
+            return True
+        error = error.__context__
+    return False
+
+
 def tidy(run: Path) -> None:
     """Remove what a killed run left half-written, and put back what it was about to replace."""
     for leftover in run.glob(".tmp-*"):

@@ -105,7 +105,7 @@ class MetricsLog:
             self.wandb.log(metrics, step=step)
 
     def close(self) -> None:
-        """Flush every reporter and draw the loss curve."""
+        """Flush and end every reporter."""
         if not self.active:
             return
         if self.bar is not None:
@@ -115,7 +115,6 @@ class MetricsLog:
             self.tensorboard.close()
         if self.wandb is not None:
             self.wandb.finish()
-        draw_loss_curve(self.directory)
 
 
 def _step_of(line: str) -> float:

@@ -34,7 +34,7 @@ from training import checkpoint as disk
 from training.config import DataArguments, TrainingArguments, UserError
 from training.engine import DTYPES, build_engine, build_model, set_learning_rates, start_ranks
 from training.export import export_model, probe_logits, verify_export
-from training.metrics import MetricsLog, duration, memory_metrics, perplexity, router_load_metrics
+from training.metrics import MetricsLog, draw_loss_curve, duration, memory_metrics, perplexity, router_load_metrics
 from training.plan import Plan, make_plan, resolve_device
 from training.schedule import learning_rate_factor
 from training.step import StepResult, reduce_results, train_step
@@ -147,6 +147,11 @@ class Pretrainer:
         except Interrupted:
             raise
         except (Exception, KeyboardInterrupt) as error:
+            if disk.is_full(error):
+                raise UserError(
+                    f"No space left on the disk of {self.run_dir}, stopped at step {self.step}; complete "
+                    f"checkpoints are untouched: free some space and --resume {self.run_dir}"
+                ) from error
             self._emergency(error)
             raise
         finally:
@@ -290,9 +295,11 @@ class Pretrainer:
         return True
 
     def _finish(self) -> None:
-        """Validate, export, verify."""
+        """Validate, draw the curve, export, verify."""
         if getattr(self, "validated", (None,))[0] != self.step:
             self._validate()
+        if self.is_main:
+            draw_loss_curve(self.run_dir)
         final, temporary = self.run_dir / "final_model", self.run_dir / ".tmp-final_model"
         self._export(temporary, self.args.export_format)
         expected = probe_logits(self.engine.module, self.ranks.device)
@@ -353,17 +360,24 @@ class Pretrainer:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
         dist.barrier()
-        self.engine.save_checkpoint(str(temporary), tag=STATE_TAG, save_latest=False)
-        self._export(temporary / "model", "pragnosia")
-        torch.save(random_state(), temporary / f"rank-{self.ranks.rank}.pt")
-        dist.barrier()
-        if self.is_main:
-            disk.commit(temporary, final, self._trainer_state())
-            disk.prune(self.run_dir, self.args.keep_checkpoints)
+        try:
+            self._write(temporary)
+            dist.barrier()
+            if self.is_main:
+                disk.commit(temporary, final, self._trainer_state())
+                disk.prune(self.run_dir, self.args.keep_checkpoints)
+        except Exception:
+            shutil.rmtree(temporary, ignore_errors=True)  # half a checkpoint only takes up space
+            raise
         dist.barrier()
         self.last_saved = self.step
         self.log.say(f"step {self.step}  saved {final}")
         return final
+
+    def _write(self, temporary: Path) -> None:
+        self.engine.save_checkpoint(str(temporary), tag=STATE_TAG, save_latest=False)
+        self._export(temporary / "model", "pragnosia")
+        torch.save(random_state(), temporary / f"rank-{self.ranks.rank}.pt")
 
     def _export(self, directory: Path, export_format: str) -> None:
         if self.is_main:

@@ -24,14 +24,9 @@ def write_rows(path: Path, count: int = 120) -> Path:
 
 def command(data: Path, output: Path, *flags: str) -> list[str]:
     """The command line of a small run; a flag given here replaces the small run's own."""
-    given = {flag for flag in flags if flag.startswith("--")}
-    small = []
-    for flag, value in _pairs(SMALL):
-        if flag not in given:
-            small += [flag, *value]
-    return [
-        sys.executable, str(REPOSITORY / "train_ds.py"), *small, "--dataset", str(data), "--output-dir", str(output), *flags
-    ]  # fmt: skip
+    own = (*SMALL, "--dataset", str(data), "--cache-dir", str(data.parent / "cache"), "--output-dir", str(output))
+    kept = [word for flag, values in _pairs(own) if flag not in flags for word in (flag, *values)]
+    return [sys.executable, str(REPOSITORY / "train_ds.py"), *kept, *flags]
 
 
 def _pairs(words):
@@ -44,13 +39,13 @@ def _pairs(words):
     return pairs
 
 
-def environment(cache: Path, **extra: str) -> dict[str, str]:
-    """One thread, the CPU, a token cache of the test's own."""
+def environment(**extra: str) -> dict[str, str]:
+    """One thread, the CPU."""
     inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**inherited, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "XDG_CACHE_HOME": str(cache), **extra}
+    return {**inherited, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **extra}
 
 
-def start(arguments: list[str], cache: Path, world_size: int = 1) -> list[subprocess.Popen]:
+def start(arguments: list[str], world_size: int = 1) -> list[subprocess.Popen]:
     """The ranks of a run, started without a launcher."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -61,7 +56,7 @@ def start(arguments: list[str], cache: Path, world_size: int = 1) -> list[subpro
     ]
     return [
         subprocess.Popen(
-            arguments, env=environment(cache, **rank), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            arguments, env=environment(**rank), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
         for rank in ranks
     ]
@@ -75,7 +70,7 @@ def finish(processes: list[subprocess.Popen], timeout: float = 300) -> tuple[int
 
 def run(data: Path, output: Path, *flags: str, world_size: int = 1, expect: int = 0) -> tuple[Path, str]:
     """Run to the end; the newest run directory under `output`, and what was printed."""
-    code, text = finish(start(command(data, output, *flags), output.parent / "cache", world_size))
+    code, text = finish(start(command(data, output, *flags), world_size))
     assert code == expect, text
     runs = sorted(output.glob("pragnosia_*"))
     return (runs[-1] if runs else output), text

@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from runs import command, finish, losses, run, start, weights, write_rows
+from tests.training.runs import command, finish, losses, run, start, weights, write_rows
 
 STEPS = ("--max-steps", "8", "--save-steps", "3")
 
@@ -45,7 +45,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(data, uninterrupted, tmp_path)
     shutil.copytree(whole, copy)
     for name in ("final_model", "checkpoint-6"):
         shutil.rmtree(copy / name)
-    code, text = finish(start(command(data, tmp_path, *STEPS, "--resume", str(copy)), tmp_path / "cache"))
+    code, text = finish(start(command(data, tmp_path, *STEPS, "--resume", str(copy))))
     assert code == 0, text
     assert weights(copy / "final_model") == weights(whole / "final_model")
     assert weights(copy / "checkpoint-6" / "model") == weights(whole / "checkpoint-6" / "model")
@@ -56,11 +56,11 @@ def test_resumed_equals_uninterrupted_bit_for_bit(data, uninterrupted, tmp_path)
 def test_killed_ten_times_during_saves_still_reaches_the_same_weights(data, uninterrupted, tmp_path):
     whole, _ = uninterrupted
     flags = ("--max-steps", "8", "--save-steps", "1", "--keep-checkpoints", "2")
-    output, cache = tmp_path / "out", tmp_path / "cache"
+    output = tmp_path / "out"
     generator = random.Random(0)
     resume, kills = (), 0
     for _ in range(40):
-        (process,) = start(command(data, output, *flags, *resume), cache)
+        (process,) = start(command(data, output, *flags, *resume))
         if kills < 10:
             _wait_for_save(process, output)
             time.sleep(generator.uniform(0, 0.15))
@@ -90,7 +90,7 @@ def _wait_for_save(process, output):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_run_can_go_on(data, uninterrupted, tmp_path, number):
     whole, _ = uninterrupted
-    (process,) = start(command(data, tmp_path / "out", *STEPS), tmp_path / "cache")
+    (process,) = start(command(data, tmp_path / "out", *STEPS))
     while not list((tmp_path / "out").glob("*/metrics.jsonl")) or process.poll() is not None:
         assert process.poll() is None
         time.sleep(0.02)
@@ -210,7 +210,7 @@ def test_loss_that_is_not_finite_stops_the_run(data, tmp_path):
 
 
 def test_a_dead_rank_does_not_leave_the_other_waiting(data, tmp_path):
-    processes = start(command(data, tmp_path / "out", "--max-steps", "500"), tmp_path / "cache", world_size=2)
+    processes = start(command(data, tmp_path / "out", "--max-steps", "500"), world_size=2)
     while not list((tmp_path / "out").glob("*/metrics.jsonl")):
         assert processes[0].poll() is None
         time.sleep(0.05)
