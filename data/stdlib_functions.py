@@ -55,11 +55,9 @@ def stdlib_functions(longest: int = 700) -> Iterator[Example]:
         except (UnicodeDecodeError, SyntaxError):
             continue
         lines = source.splitlines()
-        for node in ast.walk(tree):
-            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                continue
+        for node in _functions(tree):
             pair = _pair(node, lines)
-            if pair is None or len(pair[1]) > longest or pair[1] in seen:
+            if pair is None or len(pair[1]) > longest or pair[1] in seen or not _is_python(pair[1]):
                 continue
             seen.add(pair[1])
             made.append(
@@ -78,6 +76,16 @@ def stdlib_functions(longest: int = 700) -> Iterator[Example]:
     yield from made
 
 
+def _functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """All functions, those of classes and functions included; expressions, most of a tree, are not entered."""
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+        pending += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+
+
 def _pair(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> tuple[str, str] | None:
     """Task and solution of one function: its first paragraph of documentation, and its code without it."""
     docstring = ast.get_docstring(node)
@@ -93,3 +101,14 @@ def _pair(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> tup
     if not code.isascii() or not head:
         return None
     return f"Write the Python function `{node.name}`. {summary}", code
+
+
+def _is_python(code: str) -> bool:
+    """Whether the code still stands on its own: a text at the margin, say, keeps it from being dedented."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            ast.parse(code)
+    except SyntaxError:
+        return False
+    return True

@@ -15,11 +15,12 @@ import ast
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import platform
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -110,13 +111,12 @@ def procedural_text() -> Iterator[str]:
                 yield message["content"]
 
 
-def corpus() -> Iterator[str]:
-    """All of the text, the same on every machine with the same versions."""
-    for part in (stdlib_text, documentation, chat_text, procedural_text):
-        yield from part()
+def corpus() -> dict[str, list[str]]:
+    """All of the text by where it comes from."""
+    return {part.__name__: list(part()) for part in (stdlib_text, documentation, chat_text, procedural_text)}
 
 
-def train(texts: Iterator[str], vocab_size: int = VOCAB_SIZE):
+def train(texts: Iterable[str], vocab_size: int = VOCAB_SIZE):
     """A byte-level BPE `tokenizers.Tokenizer` of exactly `vocab_size` entries trained on `texts`."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -140,16 +140,19 @@ def train(texts: Iterator[str], vocab_size: int = VOCAB_SIZE):
     return tokenizer
 
 
-def versions() -> dict[str, str]:
-    """What the text, and so the tokenizer, depends on."""
+def material(texts: dict[str, list[str]]) -> dict[str, str]:
+    """What on this machine decides the result: versions, and hashes of the text they installed."""
     packages = ("tokenizers", "chitchat-dataset", *DOCUMENTED)
-    return {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in packages
-    }
+    found = {"python": platform.python_version()}
+    found |= {name: importlib.metadata.version(name) for name in packages}
+    for part in (stdlib_text, documentation, chat_text):
+        joined = "\0".join(texts[part.__name__]).encode("utf-8", "surrogatepass")
+        found[part.__name__] = hashlib.md5(joined).hexdigest()
+    return found
 
 
-def save(tokenizer, directory: Path) -> None:
-    """Write the tokenizer with its chat template, and `training.json`: versions and the md5 of the result."""
+def save(tokenizer, directory: Path, made_from: dict[str, str]) -> str:
+    """Write the tokenizer with its chat template, and `training.json`; returns the md5 of the former."""
     from transformers import PreTrainedTokenizerFast
 
     wrapped = PreTrainedTokenizerFast(
@@ -162,8 +165,9 @@ def save(tokenizer, directory: Path) -> None:
     )
     wrapped.save_pretrained(directory)
     digest = hashlib.md5((directory / "tokenizer.json").read_bytes()).hexdigest()
-    record = {"versions": versions(), "vocab_size": tokenizer.get_vocab_size(), "md5": digest}
+    record = {"vocab_size": tokenizer.get_vocab_size(), "md5": digest, "material": made_from}
     (directory / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    return digest
 
 
 def main() -> None:
@@ -174,8 +178,9 @@ def main() -> None:
     )
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help="entries (default: %(default)s)")
     args = parser.parse_args()
-    save(train(corpus(), args.vocab_size), args.output)
-    print(f"{args.output}: {args.vocab_size} entries, {(args.output / 'training.json').read_text()}")
+    texts = corpus()
+    digest = save(train(itertools.chain(*texts.values()), args.vocab_size), args.output, material(texts))
+    print(f"{args.output}: {args.vocab_size} entries, md5 {digest}")
 
 
 if __name__ == "__main__":
