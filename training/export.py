@@ -14,14 +14,14 @@ from training.weights import directory_weights, exported_tensors, fill, qwen3_mo
 REPOSITORY = Path(__file__).resolve().parent.parent
 # The modules a loaded model needs, written flat beside the weights for `trust_remote_code`.
 MODEL_CODE = (
-    "model/config.py", "model/attention.py", "model/router.py", "model/moe.py", "model/head.py", "model/causal_lm.py",
-    "experts/page.py", "experts/resident.py", "kernels/reference.py",
+    "model/config.py", "model/attention.py", "model/router.py", "model/moe.py", "model/head.py",
+    "model/causal_lm.py", "experts/page.py", "experts/resident.py", "kernels/reference.py",
 )  # fmt: skip
 SHARED_FIELDS = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "max_position_embeddings", "rms_norm_eps",
-    "initializer_range", "norm_topk_prob", "router_aux_loss_coef", "tie_word_embeddings", "pad_token_id",
-    "bos_token_id", "eos_token_id",
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "max_position_embeddings",
+    "rms_norm_eps", "initializer_range", "norm_topk_prob", "router_aux_loss_coef", "tie_word_embeddings",
+    "pad_token_id", "bos_token_id", "eos_token_id",
 )  # fmt: skip
 
 
@@ -40,7 +40,8 @@ def from_qwen3_moe(directory: Path) -> PragnosiaConfig:
     """Our configuration of a Qwen3-MoE directory.
 
     Raises:
-        UserError: it uses something this architecture has not (dense layers, windows, biases, scaled rotary).
+        UserError: it uses something this architecture has not (dense layers, windows, biases, scaled rotary,
+            another activation).
     """
     from transformers import Qwen3MoeConfig
 
@@ -51,12 +52,14 @@ def from_qwen3_moe(directory: Path) -> PragnosiaConfig:
         or theirs.decoder_sparse_step != 1,
         "sliding windows": theirs.sliding_window,
         "attention biases": theirs.attention_bias,
+        f"{theirs.hidden_act} experts": theirs.hidden_act != "silu",
         f"{rope.get('rope_type')} rotary embeddings": rope.get("rope_type", "default") != "default",
     }
     for what, present in unsupported.items():
         if present:
             raise UserError(f"{directory} uses {what}, which this architecture has not")
-    fields = {name: getattr(theirs, name) for name in SHARED_FIELDS}
+    fields = {name: getattr(theirs, name, None) for name in SHARED_FIELDS}
+    fields["head_dim"] = fields["head_dim"] or theirs.hidden_size // theirs.num_attention_heads
     try:
         return PragnosiaConfig(**fields, rope_theta=rope.get("rope_theta", 10000.0))
     except ValueError as error:
