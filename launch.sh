@@ -97,6 +97,9 @@ if [[ "$venv" == *[!A-Za-z0-9/._+@%=:,-]* ]]; then
 fi
 export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH" # DeepSpeed calls ninja by name
 
+if [[ "$verb" == train && $# == 0 ]]; then
+    set -- --config "$root/examples/quickstart.yaml"
+fi
 case "$verb" in
     train | eval) exec "$python" "$root/training/launch.py" "$root/${verb}_ds.py" "$@" ;;
     chat) exec "$python" "$root/chat_ds.py" "$@" ;; # starts its own ranks: the terminal stays with rank 0

@@ -8,6 +8,7 @@ gives the same error.
 import argparse
 import dataclasses
 import difflib
+import json
 import math
 import os
 import sys
@@ -352,7 +353,8 @@ SETTINGS = (ModelArguments, DataArguments, TrainingArguments)
 
 
 def parse(argv: Sequence[str] | None = None, also_suggest: Sequence[str] = ()) -> RunArguments:
-    """Reads the command line of `train_ds.py`; a `--config` file lies below the flags.
+    """Reads the command line of `train_ds.py`; a `--config` file lies below the flags, and below that, with
+    `--resume`, what the resumed run recorded.
 
     Args:
         also_suggest: flags that another program takes, offered where an unknown one looks like them.
@@ -373,6 +375,8 @@ def parse(argv: Sequence[str] | None = None, also_suggest: Sequence[str] = ()) -
     given = vars(parser.parse_args(argv))
     values = _read_yaml(given["config"]) if given["config"] else {}
     values.update(given)
+    if values.get("resume"):
+        values = {**_recorded_settings(values["resume"]), **values}
     model, data, training = (
         settings(**{f.name: values[f.name] for f in dataclasses.fields(settings) if f.name in values})
         for settings in SETTINGS
@@ -380,6 +384,19 @@ def parse(argv: Sequence[str] | None = None, also_suggest: Sequence[str] = ()) -
     return RunArguments(
         model, data, training, given["dry_run"], given["list_datasets"], given["local_rank"], argv
     )
+
+
+def _recorded_settings(resume: str) -> dict[str, Any]:
+    """Field name -> value from the run.json of the run that `--resume` names."""
+    from training.checkpoint import resolve_checkpoint
+
+    record = resolve_checkpoint(resume).parent / "run.json"
+    try:
+        groups = json.loads(record.read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError):
+        return {}  # a checkpoint moved out of its run: flags alone decide
+    names = {field.name for settings in SETTINGS for field in dataclasses.fields(settings)} - {"resume"}
+    return {name: value for group in groups.values() for name, value in group.items() if name in names}
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

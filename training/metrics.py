@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -86,10 +87,10 @@ class MetricsLog:
         """One line for the person at the terminal."""
         if not self.active:
             return
-        if self.bar is not None:
-            self.bar.write(line)
-        else:
-            print(line, flush=True)
+        try:
+            self.bar.write(line) if self.bar is not None else print(line, flush=True)
+        except BrokenPipeError:  # `| head` has read enough; the run goes on, metrics.jsonl has everything
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """The metrics of `step` to every reporter."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,7 +72,7 @@ def make_plan(
     page_size = args.expert_page_size or default_page_size(config.num_experts)
     if config.num_experts % page_size:
         raise UserError(f"--expert-page-size {page_size} does not divide {config.num_experts} experts")
-    nodes = max(1, world_size // _gpus_a_node(device, world_size))
+    nodes = int(os.environ.get("CROSS_SIZE", "1"))  # set by the launcher
     preset = size if size in deepspeed_config.NOMINAL_PARAMETERS else deepspeed_config.nearest_preset(
         config.num_params()
     )  # fmt: skip
@@ -81,6 +82,7 @@ def make_plan(
         ds_config = deepspeed_config.load(
             path, args, placement=placement, precision=precision, world_size=world_size
         )
+        deepspeed_config.check_nvme(ds_config)
         memory = estimate(
             config,
             ds_config,
@@ -103,12 +105,6 @@ def make_plan(
         return attempt(deepspeed_config.placement_of(args.deepspeed_config))
     plan = attempt("resident")
     return plan if plan.memory.device <= FIT * _device_memory(device) else attempt("zero3")
-
-
-def _gpus_a_node(device: str, world_size: int) -> int:
-    import torch
-
-    return min(world_size, torch.cuda.device_count()) if device == "cuda" else world_size
 
 
 def _device_memory(device: str) -> float:

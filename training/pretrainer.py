@@ -282,7 +282,9 @@ class Pretrainer:
                 for key in ("loss", "perplexity", "bits_per_byte")
             },
         )
-        families = "  ".join(f"{family} {row['loss']:.4f}" for family, row in results.items())
+        families = "  ".join(
+            f"{family} {row['loss']:.4f} (ppl {row['perplexity']:.4g})" for family, row in results.items()
+        )
         self.log.say(f"step {self.step}  validation loss: {families}")
         self.validated = (self.step, results)
         loss = results["overall"]["loss"]
