@@ -67,7 +67,6 @@ def taught(tmp_path_factory, byte_tokenizer) -> Path:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    print("STEPS", step, loss.item())
     assert loss < 0.05
     export_model(model, byte_tokenizer, directory / "final_model", export_format="pragnosia", write=True)
 
