@@ -77,7 +77,7 @@ def stdlib_functions(longest: int = 700) -> Iterator[Example]:
 
 
 def _functions(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """All functions, those of classes and functions included; expressions, most of a tree, are not entered."""
+    """All functions, those of classes and functions included, without entering expressions."""
     pending: list[ast.AST] = [tree]
     while pending:
         node = pending.pop()
