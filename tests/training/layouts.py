@@ -4,7 +4,8 @@ usage: layouts.py LAYOUTS.json OUT.pt — a list of layouts in, a list of result
 
 A layout is a dictionary: `stage`, and what differs from one rank's plain fp32 run: `placement`, `page_size`,
 `offload` (cpu or a directory for nvme), `precision`, `accumulation`, `clip`, `checkpointing`, `z`, `router`,
-`steps` (numbers of the batches trained on), `poisoned` and `emptied` (lists of [step, row]).
+`steps` (numbers of the batches trained on), `poisoned` and `emptied` (lists of [step, row]); with `plain` it
+is PyTorch alone.
 """
 
 import json
@@ -19,14 +20,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deepspeed.utils import safe_get_full_grad
 
 from experts import canonical
+from model import PragnosiaForCausalLM
 from model.presets import preset_config
 from training import deepspeed_config
 from training.config import TrainingArguments
 from training.engine import DTYPES, build_engine, build_model, start_ranks
-from training.step import reduce_results, train_step
-from training.weights import exported_tensors, initial_weights
+from training.step import count_targets, reduce_results, train_step
+from training.weights import exported_tensors, fill, initial_weights
 
 VOCAB, LENGTH, ROWS, STEPS = 64, 24, 4, 20
+RATE = 3e-3
+SOURCE = initial_weights(0, 0.05)
 POISON = 1  # a token whose embedding `poison` makes NaN; no batch has it of itself
 
 
@@ -77,24 +81,54 @@ def completed_config(layout: dict, args: TrainingArguments, ranks, directory: Pa
     )
 
 
+def model_config(layout: dict):
+    return preset_config(
+        "tiny", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, moe_intermediate_size=16, head_dim=8,
+        router_aux_loss_coef=0.0, router_z_loss_coef=layout.get("z", 0.01),
+    )  # fmt: skip
+
+
+def train_plain(layout: dict) -> dict:
+    """The same in PyTorch alone: the whole batch at once, mean loss, clipping, AdamW."""
+    model = PragnosiaForCausalLM(model_config(layout))
+    fill(model, SOURCE)
+    groups = {kind: {"params": [], "lr": RATE, "weight_decay": 0.1} for kind in ("dense", "norms", "experts")}
+    groups["norms"]["weight_decay"], groups["experts"]["lr"] = 0.0, 2 * RATE
+    for parameter in model.parameters():
+        kind = {1: "norms", 2: "dense", 3: "experts"}[parameter.dim()]
+        groups[kind]["params"].append(parameter)
+    optimizer = torch.optim.AdamW(groups.values(), betas=(0.9, 0.95), eps=1e-8)
+    losses, norms, gradients = [], [], {}
+    for step in layout["steps"]:
+        batch = rows_of_step(step, layout)
+        output = model(**batch)
+        output.loss.backward()
+        gradients = gradients or {name: p.grad.clone() for name, p in model.named_parameters()}
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(output.loss_sum.item() / count_targets(batch))
+    weights = dict(exported_tensors(model))
+    return {"losses": losses, "norms": norms, "weights": weights, "gradients": gradients}
+
+
 def train(layout: dict, ranks, directory: Path) -> dict:
-    """`losses`, gradient `norms` and whether `applied`, a step; exported `weights`; `gradients` of step 1."""
+    """`losses`, gradient `norms` and whether `applied`, a step; exported `weights` after the last one.
+
+    `gradients`, `sums` and router `load` are those of the first step.
+    """
     accumulation = layout.get("accumulation", 1)
     args = TrainingArguments(
         per_device_train_batch_size=ROWS // ranks.world_size // accumulation,
         gradient_accumulation_steps=accumulation,
-        learning_rate=3e-3,
-        local_learning_rate=3e-3,
+        learning_rate=RATE,
+        local_learning_rate=2 * RATE,
         gradient_clip=layout.get("clip", 1.0),
         gradient_checkpointing=layout.get("checkpointing", False),
     )
     ds_config = completed_config(layout, args, ranks, directory)
-    config = preset_config(
-        "tiny", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, moe_intermediate_size=16, head_dim=8,
-        router_aux_loss_coef=0.0, router_z_loss_coef=layout.get("z", 0.01),
-    )  # fmt: skip
     model = build_model(
-        config, initial_weights(0, 0.05), ds_config, placement=layout.get("placement", "resident"),
+        model_config(layout), SOURCE, ds_config, placement=layout.get("placement", "resident"),
         page_size=layout.get("page_size"), device=ranks.device, dtype=DTYPES[layout.get("precision", "fp32")],
     )  # fmt: skip
     model.model.embed_tokens.register_forward_hook(poison)
@@ -102,16 +136,18 @@ def train(layout: dict, ranks, directory: Path) -> dict:
         force_router(model, layout["router"][ranks.rank])
     engine = build_engine(model, args, ds_config)
     gradients = record_gradients(engine)
-    losses, norms, applied = [], [], []
+    losses, norms, applied, first = [], [], [], {}
     for step in layout.get("steps", range(STEPS)):
         result = train_step(engine, microbatches(step, layout, ranks.rank, ranks.world_size))
-        sums, _ = reduce_results([result])
+        sums, load = reduce_results([result])
+        first = first or {"sums": sums, "load": load}
         losses.append(sums["loss_sum"] / max(1, sums["targets"]))
         norms.append(result.grad_norm)
         applied.append(result.applied)
     weights = dict(exported_tensors(engine.module))
     engine.destroy()
-    return {"losses": losses, "norms": norms, "applied": applied, "weights": weights, "gradients": gradients}
+    trained = {"losses": losses, "norms": norms, "applied": applied, "weights": weights}
+    return {**trained, **first, "gradients": gradients}
 
 
 def record_gradients(engine) -> dict[str, torch.Tensor]:
@@ -154,7 +190,9 @@ if __name__ == "__main__":
     layouts, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     ranks = start_ranks("cpu")
     torch.set_num_threads(1)
-    results = [train(layout, ranks, out.parent) for layout in layouts]
+    results = [
+        train_plain(layout) if "plain" in layout else train(layout, ranks, out.parent) for layout in layouts
+    ]
     if ranks.rank == 0:
         torch.save(results, out)
     dist.barrier()

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]
+
 WORKER = Path(__file__).with_name("layouts.py")
 TIMEOUT = 300  # seconds for all layouts of one rank count: a rank that waits for another never ends
 
@@ -33,6 +35,7 @@ SCALE_FREE = {"z": 0.0, "clip": 1e-3, "steps": [0, 1, 2, 3]}
 # Rows of microbatches, in order: on one rank accumulating four times 0, 1, 2, 3; on two ranks accumulating
 # twice 0 and 1, then 2 and 3.
 POISON_FIRST, POISON_LAST = {"poisoned": [[2, 0]]}, {"poisoned": [[2, 3]]}
+POISON_ALL = {"poisoned": [[2, row] for row in range(4)]}
 
 REFERENCE, SHORT_REFERENCE = "1 rank, stage 0", "1 rank, stage 0, short"
 EQUAL = {
@@ -48,7 +51,8 @@ SHORT = {  # the same for fewer steps
     **{f"1 rank, recompute, {name}": {"ranks": 1, "checkpointing": True, **x} for name, x in FOUR.items()},
     **{f"2 ranks, recompute, {name}": {"ranks": 2, "checkpointing": True, **x} for name, x in FOUR.items()},
 }
-SHORT = {name: {"steps": [0, 1, 2, 3, 4], **layout} for name, layout in SHORT.items()}
+SHORT = {name: {"steps": [0, 1, 2, 3], **layout} for name, layout in SHORT.items()}
+PLAIN = {"plain PyTorch": {"ranks": 1, "plain": True, "steps": list(range(20))}}
 BF16 = {
     f"{ranks} rank, bf16, {name}": {"ranks": ranks, "precision": "bf16", "steps": list(range(10)), **layout}
     for ranks in (1, 2)
@@ -71,6 +75,7 @@ NAN_REFERENCES = {
 NAN = {}
 for name, layout in FOUR.items():
     for ranks, accumulation, poison, reference in (
+        (1, 4, POISON_ALL, "step left out"),
         (1, 1, POISON_LAST, "step left out"),
         (2, 1, POISON_LAST, "step left out"),
         (1, 4, POISON_FIRST, "row 0 emptied"),
@@ -78,11 +83,12 @@ for name, layout in FOUR.items():
         (2, 2, POISON_FIRST, "rows 0 and 1 emptied"),
         (2, 2, POISON_LAST, "rows 2 and 3 emptied"),
     ):
-        case = f"{ranks} rank, NaN in row {poison['poisoned'][0][1]} of {accumulation} microbatches, {name}"
+        rows = "".join(str(row) for _, row in poison["poisoned"])
+        case = f"{ranks} rank, NaN in row {rows} of {accumulation} microbatches, {name}"
         fields = {**SCALE_FREE, "ranks": ranks, "accumulation": accumulation, **poison, **layout}
         NAN[case] = (fields, reference)
 POISONED = {case: fields for case, (fields, _) in NAN.items()}
-LAYOUTS = {**EQUAL, **SHORT, **BF16, **FORCED, **NAN_REFERENCES, **POISONED}
+LAYOUTS = {**PLAIN, **EQUAL, **SHORT, **BF16, **FORCED, **NAN_REFERENCES, **POISONED}
 
 GRADIENT_TOLERANCE = 1e-5  # relative, a tensor: sums in another order
 LOSS_TOLERANCE = 1e-5  # relative, every step
@@ -167,6 +173,28 @@ def test_layouts_are_equal(results, name):
     assert found["losses"] == pytest.approx(expected["losses"], rel=LOSS_TOLERANCE)
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
     assert_close(found["weights"], expected["weights"], WEIGHT_TOLERANCE)
+    sums, expected_sums = ({k: v for k, v in r["sums"].items() if k != "balance"} for r in (found, expected))
+    assert sums == pytest.approx(expected_sums, rel=LOSS_TOLERANCE)
+    assert torch.equal(found["load"], expected["load"])
+
+
+def test_the_reference_is_plain_pytorch(results):
+    found, expected = results[REFERENCE], results["plain PyTorch"]
+    assert_close(found["gradients"], expected["gradients"], GRADIENT_TOLERANCE)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=LOSS_TOLERANCE)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+    assert_close(found["weights"], expected["weights"], WEIGHT_TOLERANCE)
+
+
+def test_the_sums_of_a_step(results):
+    """Of 4 rows of 24 places: real tokens and, first ones aside, targets, as `rows_of_step` lays them out."""
+    found = results[REFERENCE]
+    assert found["sums"]["tokens"] == 12 + 24 + 14 + 24
+    assert found["sums"]["targets"] == 3 + 23 + 13 + 23
+    assert found["load"].sum(1).tolist() == [2 * 74.0, 2 * 74.0]
+    tokens = found["sums"]["tokens"]
+    assert 1.9 < found["sums"]["balance"] / tokens < 2.5  # k when experts are used evenly
+    assert 0 < found["sums"]["entropy"] / tokens < 2.0795 and found["sums"]["z"] / tokens > 4
 
 
 def test_the_reference_learns(results):
@@ -196,10 +224,10 @@ def test_ranks_that_use_other_experts_agree(results, name):
 
 @pytest.mark.parametrize("name", NAN)
 def test_a_microbatch_with_a_loss_of_nan_leaves_no_trace(results, name):
-    layout, reference = NAN[name]
+    _, reference = NAN[name]
     found, expected = results[name], results[reference]
     losses = [loss for loss, applied in zip(found["losses"], found["applied"], strict=True) if applied]
-    assert found["applied"] == [True, True, layout["accumulation"] > 1, True]
+    assert found["applied"] == [True, True, reference != "step left out", True]
     assert losses == pytest.approx(expected["losses"], rel=LOSS_TOLERANCE)
     assert_close(found["weights"], expected["weights"], WEIGHT_TOLERANCE)
 

@@ -1,0 +1,81 @@
+"""The memory estimate that is printed before a run: its parts, and that it needs no torch."""
+
+import subprocess
+import sys
+
+import pytest
+
+from model.presets import preset_config
+from training.estimate import MemoryEstimate, estimate
+
+TIGHT = {
+    "stage": 3,
+    "stage3_max_live_parameters": 1e6,
+    "stage3_prefetch_bucket_size": 1e6,
+    "reduce_bucket_size": 1e6,
+}
+
+
+def of(config=None, zero=None, **overrides) -> MemoryEstimate:
+    settings = {
+        "placement": "resident", "page_size": None, "precision": "bf16", "micro_batch_size": 1,
+        "max_length": 512, "checkpointing": False, "world_size": 1,
+    }  # fmt: skip
+    ds_config = {"zero_optimization": zero or {"stage": 0}}
+    return estimate(config or preset_config("1B"), ds_config, **{**settings, **overrides})
+
+
+def state_bytes(stage: int, world_size: int, precision: str = "bf16") -> float:
+    """Bytes a parameter on each device: what two experts more cost, without what grows with tokens."""
+    few, many = preset_config("1B", num_experts=16), preset_config("1B", num_experts=18)
+    sizes = [
+        of(config, {"stage": stage}, world_size=world_size, precision=precision).device
+        for config in (few, many)
+    ]
+    return (sizes[1] - sizes[0]) / (many.num_params() - few.num_params())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_a_parameter_costs_sixteen_bytes_in_training(precision):
+    assert state_bytes(0, 1, precision) == pytest.approx(16)
+    assert state_bytes(0, 8, precision) == pytest.approx(16)
+
+
+@pytest.mark.parametrize(("stage", "expected"), [(1, 4 + 12 / 4), (2, 2 + 14 / 4), (3, 16 / 4)])
+def test_zero_divides_by_the_ranks(stage, expected):
+    assert state_bytes(stage, 1) == pytest.approx(16)
+    assert state_bytes(stage, 4) == pytest.approx(expected)
+
+
+def test_offloaded_pages_cost_host_memory_and_no_device_memory():
+    few, many = (
+        of(preset_config("1B", num_experts=n), TIGHT, placement="zero3", page_size=8) for n in (8, 128)
+    )
+    assert many.device == pytest.approx(few.device, rel=0.02)
+    assert many.host > 8 * few.host
+    resident = of()
+    assert few.device < resident.device / 3 and resident.host < few.host
+
+
+def test_larger_pages_and_a_wider_window_cost_device_memory():
+    sizes = [of(zero=TIGHT, placement="zero3", page_size=size).device for size in (1, 4, 16)]
+    assert sizes[0] < sizes[1] < sizes[2]
+    wide = {**TIGHT, "stage3_max_live_parameters": 5e8}
+    assert of(zero=wide, placement="zero3", page_size=1).device > sizes[0] + 9e8
+
+
+def test_activations_grow_with_tokens_and_shrink_with_recompute():
+    few, many = of(micro_batch_size=4).device, of(micro_batch_size=8).device
+    assert many > few
+    assert of(micro_batch_size=2, max_length=2048).device == pytest.approx(many)
+    assert of(micro_batch_size=8, checkpointing=True).device < many
+    assert of(micro_batch_size=8, precision="fp32").device > many
+
+
+def test_the_line_that_is_printed():
+    assert str(MemoryEstimate(1.234e9, 56.7e9)) == "1.23 GB device, 56.70 GB host a rank"
+
+
+def test_it_imports_no_torch():
+    code = "import sys, training.estimate; assert 'torch' not in sys.modules, 'torch was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True)
