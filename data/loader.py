@@ -243,6 +243,9 @@ class TrainLoader:
 
     Attributes:
         steps_per_epoch: None for a stream.
+
+    Raises:
+        UserError: there are no rows.
     """
 
     def __init__(
@@ -267,6 +270,8 @@ class TrainLoader:
         self.steps_per_epoch: int | None = None
         if isinstance(dataset, PackedDataset):
             self.steps_per_epoch = math.ceil(len(dataset.epoch_rows(seed, 0)) / self.rows_per_step)
+            if self.steps_per_epoch == 0:
+                raise UserError("an epoch has no rows to train on; name more data or raise its weight")
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[list[Batch]]:
         """The steps of an epoch from `start_step` on; each is a list of `accumulation` microbatches.

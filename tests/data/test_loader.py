@@ -169,6 +169,12 @@ def test_rows_given_directly(data, tokenizer, arguments):
         prepare_rows([], arguments(), tokenizer)
 
 
+def test_an_epoch_without_rows_is_an_error(tmp_path, arguments, tokenizer):
+    path = write_jsonl(tmp_path / "a.jsonl", arithmetic(20))
+    with pytest.raises(UserError, match="no rows to train on"):
+        loader(prepare(arguments(f"{path}:0.001"), tokenizer, 0))
+
+
 RANK = """
 import sys
 import torch.distributed as dist

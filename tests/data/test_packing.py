@@ -26,6 +26,7 @@ lengths_and_row = st.integers(2, 40).flatmap(
 )
 
 
+@settings(deadline=None)
 @given(lengths_and_row)
 def test_every_document_is_in_one_row_that_holds_it(drawn):
     lengths, row = drawn
@@ -34,6 +35,7 @@ def test_every_document_is_in_one_row_that_holds_it(drawn):
     assert all(0 < sum(lengths[document] for document in members) <= row for members in rows)
 
 
+@settings(deadline=None)
 @given(lengths_and_row)
 def test_no_two_rows_would_fit_into_one(drawn):
     lengths, row = drawn

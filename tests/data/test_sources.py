@@ -1,8 +1,10 @@
 """What a --dataset means, the hub and what happens without it, and the validation split."""
 
+import contextlib
+import socket
 import subprocess
 import sys
-import time
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,10 +51,26 @@ def test_the_real_command_falls_through_in_seconds_and_says_so(tmp_path):
     assert "hub not reachable" in done.stdout
 
 
-def test_one_failed_connection_is_enough(arguments):
-    started = time.monotonic()
-    resolve(arguments("chat,code,reasoning"))
-    assert time.monotonic() - started < 60  # far above a refused connection, far below one time-out a dataset
+def test_a_hub_that_does_not_answer_is_asked_once(arguments, monkeypatch):
+    """A server that accepts connections and stays silent: one time-out for six datasets."""
+    accepted = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):  # the closed server ends the loop
+                while True:
+                    accepted.append(server.accept())
+
+        threading.Thread(target=accept, daemon=True).start()
+        monkeypatch.setattr(
+            "huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}"
+        )
+        monkeypatch.setattr("data.hub.ANSWER_SECONDS", 0.3)
+        sources = resolve(arguments("chat,code,reasoning"))
+        server.shutdown(socket.SHUT_RDWR)
+    assert {source.origin for source in sources} == {"embedded"}
+    assert "timed out" in sources[0].note
+    assert len(accepted) == 1
 
 
 def test_hub_order(arguments, monkeypatch):
