@@ -9,16 +9,17 @@ import sys
 from datetime import date
 from pathlib import Path
 
-DIRECTORY = Path(__file__).parent / "results"
+REPOSITORY = Path(__file__).resolve().parent.parent
+DIRECTORY = REPOSITORY / "benchmarks" / "results"
 
 
-def machine() -> dict:
-    """GPU name (or the processor's) and versions."""
+def machine(device: str | None) -> dict:
+    """Name of the GPU, or of the processor where `device` is cpu or there is no GPU, and versions."""
     import deepspeed
     import torch
     import transformers
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    on_gpu = device != "cpu" and torch.cuda.is_available()
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -26,7 +27,23 @@ def machine() -> dict:
         "deepspeed": deepspeed.__version__,
         "transformers": transformers.__version__,
     }
-    return {"gpu": gpu, "versions": versions}
+    return {"gpu": torch.cuda.get_device_name() if on_gpu else processor(), "versions": versions}
+
+
+def processor() -> str:
+    """The processor's name as the system tells it, and how many cores there are to use."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"no GPU; {names[0] if names else platform.machine()} x {max(1, len(names))}"
+
+
+def commit() -> str | None:
+    """The checked-out commit, `-dirty` with changes on top; None outside git."""
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def goal(name: str, target: float, measured: float, *, at_least: bool) -> dict:
@@ -35,13 +52,12 @@ def goal(name: str, target: float, measured: float, *, at_least: bool) -> dict:
     return {"name": name, "target": target, "measured": measured, "met": met}
 
 
-def report(name: str, rows: list[dict], goals: list[dict]) -> Path:
-    """Print the table and write benchmarks/results/<name>.json; returns its path."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=DIRECTORY.parent)
+def report(path: Path, rows: list[dict], goals: list[dict], device: str | None) -> None:
+    """Print the table and write it as JSON to `path`."""
     header = {
         "command": " ".join(["python", *sys.argv]),
-        **machine(),
-        "commit": commit.stdout.strip() or None,
+        **machine(device),
+        "commit": commit(),
         "date": date.today().isoformat(),
     }
     print(f"\n{header['gpu']}; " + ", ".join(f"{k} {v}" for k, v in header["versions"].items() if v))
@@ -50,11 +66,9 @@ def report(name: str, rows: list[dict], goals: list[dict]) -> Path:
     for item in goals:
         verdict = "met" if item["met"] else "MISSED"
         print(f"goal {item['name']}: target {item['target']:g}, measured {item['measured']:.4g}: {verdict}")
-    path = DIRECTORY / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**header, "rows": rows, "goals": goals}, indent=1) + "\n")
     print(f"\nwritten {path}")
-    return path
 
 
 def table(rows: list[dict]) -> str:

@@ -4,10 +4,11 @@
     python benchmarks/train_step.py --model-size 3B --placement zero3 --batch-size 4 16 --max-length 512
     python benchmarks/train_step.py --model-size tiny --deepspeed-config my.json --placement resident
 
-Every cell runs in a process of its own on random tokens, through the trainer's own engine and step, so that peaks
-of memory do not mix. A cell that fails is a row with its error. Rows: median and range of the step time in seconds,
-real tokens a second, model TFLOP/s (6 · active parameters · tokens, attention scores not counted), peak allocated
-and reserved GPU memory and the peak resident size of the process in GB (1e9 bytes).
+Every cell runs in a process of its own on random tokens, through the trainer's own engine and step, so that
+peaks of memory do not mix. A cell that fails is a row with its error. Rows: median and range of the step time
+in seconds, real tokens a second, model TFLOP/s (6 · active parameters · tokens, without attention scores),
+peak allocated and reserved GPU memory and the peak resident size of the process in GB (1e9 bytes). Goals:
+allocated GPU memory of the presets with their experts off the GPU, on one row of 512 tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -24,11 +26,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.results import DIRECTORY, goal, report
+from model.presets import PRESETS
+
 WARMUP = 3
+GPU_GOALS_GB = {"350M": 0.4, "1B": 0.5, "3B": 0.7, "7B": 1.0, "13B": 1.5}
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model-size", nargs="+", default=["tiny"])
     parser.add_argument("--placement", nargs="+", default=["resident"])
     parser.add_argument("--deepspeed-config", nargs="+", default=[None], help="default: the preset's own")
@@ -39,15 +47,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--num-experts", type=int, default=None)
     parser.add_argument("--steps", type=int, default=10, help=f"timed steps after {WARMUP} of warm-up")
     parser.add_argument("--device", choices=("cuda", "cpu"), default=None)
-    parser.add_argument("--name", default="train_step", help="benchmarks/results/<name>.json")
+    parser.add_argument("--name", default="train_step", help="the result is written to <output>/<name>.json")
+    parser.add_argument("--output", type=Path, default=DIRECTORY, help="default: benchmarks/results")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def measure(cell: dict) -> dict:
     """Build the cell's engine, run its steps, return its row."""
-    import os
-
     if cell["device"] == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     import torch
@@ -103,6 +110,7 @@ def measure(cell: dict) -> dict:
         loss = float(result.sums["loss_sum"] / result.sums["targets"])
     tokens, median = shape[0] * shape[1], statistics.median(seconds)
     row = {
+        "experts": config.num_experts,
         "step_s": median,
         "min_s": min(seconds),
         "max_s": max(seconds),
@@ -132,20 +140,39 @@ def run_cell(cell: dict) -> dict:
     return {**named, **json.loads(rows[-1].removeprefix("ROW "))}
 
 
+def goals(rows: list[dict]) -> list[dict]:
+    """For each preset with its own number of experts, its best offloaded row of the goal's shape."""
+    judged = []
+    for preset, target in GPU_GOALS_GB.items():
+        wanted = {
+            "model_size": preset,
+            "batch_size": 1,
+            "max_length": 512,
+            "experts": PRESETS[preset].num_experts,
+        }
+        peaks = [
+            row["gpu_allocated_gb"]
+            for row in rows
+            if row["placement"] != "resident" and "gpu_allocated_gb" in row and wanted.items() <= row.items()
+        ]
+        if peaks:
+            name = f"GB of GPU memory, {preset} offloaded, 1 x 512 tokens"
+            judged.append(goal(name, target, min(peaks), at_least=False))
+    return judged
+
+
 def main() -> None:
     args = arguments()
     if args.cell:
         print("ROW " + json.dumps(measure(json.loads(args.cell))), flush=True)
         return
-    from benchmarks.results import report
-
     axes = ("model_size", "placement", "deepspeed_config", "batch_size", "max_length", "expert_page_size")
     fixed = {key: getattr(args, key) for key in ("gradient_checkpointing", "num_experts", "steps", "device")}
     rows = []
     for values in itertools.product(*(getattr(args, axis) for axis in axes)):
         rows.append(run_cell({**dict(zip(axes, values, strict=True)), **fixed}))
         print(json.dumps(rows[-1]), flush=True)
-    report(args.name, rows, goals=[])
+    report(args.output / f"{args.name}.json", rows, goals(rows), args.device)
 
 
 if __name__ == "__main__":
