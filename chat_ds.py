@@ -52,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         with line_history():
             talk_on_terminal(chat)
     else:
-        talk_through_pipe(chat)
+        try:
+            talk_through_pipe(chat)
+        except BrokenPipeError:  # the reader, `head` say, has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     engine.close()
 
 

@@ -68,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         world_size=ranks.world_size,
         evaluation=True,
     )
+    if not data.validation:
+        raise UserError(f"--dataset {arguments.dataset} holds out no rows to evaluate: give a file")
     where = {"rank": ranks.rank, "world_size": ranks.world_size, "device": ranks.device}
     families = evaluate_loss(model, data.validation, batch_size=arguments.batch_size, **where)
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 FORMATS = {"chat": "chat_template", "code": "task"}
 PROMPT = "you> "
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could make a terminal do something
 
 
 @dataclasses.dataclass
@@ -211,7 +213,7 @@ def talk_on_terminal(chat: Chat) -> None:
             elif line:
                 with ctrl_c_noted() as pressed:
                     for piece in chat.ask(line, stop=pressed):
-                        print(piece, end="", flush=True)
+                        print(CONTROL.sub("", piece), end="", flush=True)
                     print(" (stopped)" if pressed() else "")
                 if chat.left_out:
                     print(f"(the {chat.left_out} oldest turns no longer fit and were left out)")

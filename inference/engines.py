@@ -214,8 +214,11 @@ def fits(config: PragnosiaConfig, dtype: torch.dtype, device: str) -> bool:
 def _join_ranks(device: str) -> ProcessGroup:
     """Start communication between the ranks, patient enough for a person; returns the control group."""
     import deepspeed
+    import torch
     import torch.distributed as dist
 
+    if device != "cpu":
+        torch.cuda.set_device(device)
     os.environ.setdefault("LOCAL_SIZE", os.environ["WORLD_SIZE"])  # DeepSpeed's CPU all-reduce asks for it
     deepspeed.init_distributed("gloo" if device == "cpu" else "nccl", verbose=False, timeout=PATIENCE)
     if dist.get_rank() > 0:

@@ -179,12 +179,6 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(checkpoint, tmp_path) -> None
     assert "hello" in (tmp_path / "pragnosia" / "chat_history").read_text()
 
 
-def test_exit_leaves(checkpoint, tmp_path) -> None:
-    terminal = Terminal(checkpoint, tmp_path)
-    terminal.process.sendline("/exit")
-    assert terminal.end() == 0
-
-
 def test_pipe_gives_one_line_an_answer(checkpoint, tmp_path) -> None:
     lines = "hello\n\n/params\nworld\n/tmep 1\n/code\nadd two numbers\n/temp 0\nlast without a newline"
     result = pipe(checkpoint, lines, "--max-length", "40", cwd=tmp_path)
@@ -205,16 +199,55 @@ def test_pipe_with_nothing_and_with_broken_bytes(checkpoint, tmp_path) -> None:
     assert (result.returncode, result.stdout.count(b"\n")) == (0, 1)
 
 
+GREEDY = ("--temperature", "0", "--max-length", "30")
+
+
+@pytest.fixture(scope="module")
+def plain_answers(checkpoint, tmp_path_factory) -> bytes:
+    return pipe(
+        checkpoint, "hello\nworld\n", *GREEDY, "--engine", "torch", cwd=tmp_path_factory.mktemp("a")
+    ).stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags", [("--engine", "deepspeed"), ("--num-gpus", "2"), ("--offload",)], ids=lambda flags: flags[0]
 )
-def test_every_engine_answers_as_plain_torch(checkpoint, tmp_path, flags) -> None:
-    lines, greedy = "hello\nworld\n", ("--temperature", "0", "--max-length", "30")
-    expected = pipe(checkpoint, lines, *greedy, "--engine", "torch", cwd=tmp_path)
-    result = pipe(checkpoint, lines, *greedy, *flags, cwd=tmp_path)
+def test_every_engine_answers_as_plain_torch(checkpoint, tmp_path, plain_answers, flags) -> None:
+    result = pipe(checkpoint, "hello\nworld\n", *GREEDY, *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr.decode()[-2000:]
-    assert result.stdout == expected.stdout
+    assert result.stdout == plain_answers
+    assert result.stdout.count(b"\n") == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", [(), ("--engine", "torch"), ("--offload",)], ids=str)
+def test_answers_on_a_gpu_in_bf16(checkpoint, tmp_path, flags) -> None:
+    result = subprocess.run(
+        [sys.executable, str(REPOSITORY / "chat_ds.py"), "--checkpoint", str(checkpoint), *GREEDY, *flags],
+        input=b"hello\nworld\n",
+        capture_output=True,
+        timeout=300,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr.decode()[-2000:]
+    assert result.stdout.count(b"\n") == 2
+
+
+def test_reader_of_the_pipe_may_leave(checkpoint, tmp_path) -> None:
+    result = subprocess.run(
+        [
+            *("bash", "-c", 'yes hello | head -50 | "$@" | head -1', "bash"),
+            *command(checkpoint, "--max-length", "2"),
+        ],
+        capture_output=True,
+        env=ENVIRONMENT,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert result.stdout.count(b"\n") == 1
+    assert b"Traceback" not in result.stderr
+    assert b"BrokenPipe" not in result.stderr
 
 
 @pytest.mark.slow
@@ -229,7 +262,7 @@ def test_ctrl_c_with_two_ranks_stops_only_the_answer(checkpoint, tmp_path) -> No
     terminal.process.expect_exact(YOU)
     assert terminal.say("/clear").strip() == "The conversation starts anew."
     assert terminal.say("hello") == whole
-    terminal.process.send(CTRL_D)
+    terminal.process.sendline("/exit")
     assert terminal.end() == 0
 
 

@@ -19,10 +19,12 @@ from inference.arguments import EngineArguments, ModelSource
 from inference.engines import open_engine
 from training.checkpoint import load_model, resolve_model
 
-settings = json.loads(sys.argv[2])
-engine = open_engine(ModelSource(checkpoint=sys.argv[1], device="cpu"), EngineArguments(**settings))
-plain, _ = load_model(resolve_model(sys.argv[1]), "cpu", torch.float32)
-ids = torch.randint(3, 259, (3, 50), generator=torch.Generator().manual_seed(0))
+checkpoint, settings, device = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+engine = open_engine(
+    ModelSource(checkpoint=checkpoint, device=device, precision="fp32"), EngineArguments(**settings)
+)
+plain, _ = load_model(resolve_model(checkpoint), engine.device, torch.float32)
+ids = torch.randint(3, 259, (3, 50), generator=torch.Generator().manual_seed(0)).to(engine.device)
 with torch.no_grad():
     expected = plain(input_ids=ids).logits
     error = (engine.model(input_ids=ids).logits - expected).abs().max() / expected.abs().max()
@@ -38,12 +40,12 @@ else:
 """
 
 
-def run(checkpoint: Path, tmp_path: Path, settings: dict, *launcher: str) -> dict:
+def run(checkpoint: Path, tmp_path: Path, settings: dict, *launcher: str, device: str = "cpu") -> dict:
     script = tmp_path / "compare.py"
     script.write_text(SCRIPT)
     result = subprocess.run(
-        [sys.executable, *launcher, str(script), str(checkpoint), json.dumps(settings)],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        [sys.executable, *launcher, str(script), str(checkpoint), json.dumps(settings), device],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device},
         capture_output=True,
         text=True,
         timeout=300,
@@ -75,3 +77,8 @@ def test_two_ranks_split_attention_and_experts(checkpoint, tmp_path, launcher) -
     for name, share in result["share"].items():
         split = ".experts." in name or "_proj.weight" in name
         assert share == (0.5 if split else 1.0), name
+
+
+@pytest.mark.multi_gpu
+def test_two_gpus(checkpoint, tmp_path) -> None:
+    assert run(checkpoint, tmp_path, {"num_gpus": 2}, device="cuda")["error"] < 1e-5
