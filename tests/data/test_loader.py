@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.loader import TrainLoader, ahead, eval_batches, prepare, prepare_rows
+from data.loader import ahead, eval_batches, prepare, prepare_rows
 from data.prompts import IGNORED
 from training.config import UserError
 
-from .conftest import arithmetic, write_jsonl
+from .conftest import arithmetic, make_loader, steps, write_jsonl
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -26,28 +26,8 @@ def data(tokenizer, tmp_path_factory):
     return prepare_rows(arithmetic(101), args, tokenizer)
 
 
-def loader(data, micro=2, accumulation=1, rank=0, world=1, seed=0, workers=0) -> TrainLoader:
-    return TrainLoader(
-        data.train,
-        micro_batch_size=micro,
-        accumulation=accumulation,
-        rank=rank,
-        world_size=world,
-        seed=seed,
-        num_workers=workers,
-    )
-
-
 def rows_of(batches) -> list[tuple[int, ...]]:
     return [tuple(row.tolist()) for batch in batches for row in batch["input_ids"]]
-
-
-def steps(loaders: list[TrainLoader], epoch=0, start_step=0) -> list[list[tuple[int, ...]]]:
-    """The rows of each step over all ranks."""
-    return [
-        sorted(row for batches in ranks for row in rows_of(batches))
-        for ranks in zip(*(one.epoch(epoch, start_step) for one in loaders), strict=True)
-    ]
 
 
 def every_row(data) -> list[tuple[int, ...]]:
@@ -58,15 +38,15 @@ def every_row(data) -> list[tuple[int, ...]]:
     ("micro", "accumulation", "world"), [(1, 4, 1), (4, 1, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)]
 )
 def test_a_step_has_the_same_rows_for_every_split(data, micro, accumulation, world):
-    split = [loader(data, micro, accumulation, rank, world) for rank in range(world)]
-    assert steps(split) == steps([loader(data, 4)])
+    split = [make_loader(data, micro, accumulation, rank, world) for rank in range(world)]
+    assert steps(split) == steps([make_loader(data, 4)])
     for batches in split[0].epoch(0):
         assert len(batches) == accumulation
         assert all(tensor.shape == (micro, 64) for batch in batches for tensor in batch.values())
 
 
 def test_an_epoch_shows_every_row_once_and_fills_the_last_step_with_empty_rows(data):
-    one = loader(data, 7)
+    one = make_loader(data, 7)
     assert len(data.train) % 7, "the case needs an incomplete last step"
     found = [row for step in steps([one]) for row in step]
     empty = (0,) * 64
@@ -77,20 +57,21 @@ def test_an_epoch_shows_every_row_once_and_fills_the_last_step_with_empty_rows(d
 
 
 def test_the_order_depends_on_seed_and_epoch_alone(data):
-    assert steps([loader(data)]) == steps([loader(data)])
-    assert steps([loader(data)], epoch=0) != steps([loader(data)], epoch=1)
-    assert steps([loader(data, seed=0)]) != steps([loader(data, seed=1)])
+    assert steps([make_loader(data)]) == steps([make_loader(data)])
+    assert steps([make_loader(data)], epoch=0) != steps([make_loader(data)], epoch=1)
+    assert steps([make_loader(data, seed=0)]) != steps([make_loader(data, seed=1)])
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing(data, workers):
-    assert steps([loader(data, workers=workers)]) == steps([loader(data)])
+    assert steps([make_loader(data, workers=workers)]) == steps([make_loader(data)])
 
 
 @pytest.mark.parametrize("start", [0, 1, 7])
 def test_resuming_gives_the_rest_of_the_epoch(data, start):
     assert (
-        steps([loader(data, workers=2)], epoch=2, start_step=start) == steps([loader(data)], epoch=2)[start:]
+        steps([make_loader(data, workers=2)], epoch=2, start_step=start)
+        == steps([make_loader(data)], epoch=2)[start:]
     )
 
 
@@ -172,7 +153,7 @@ def test_rows_given_directly(data, tokenizer, arguments):
 def test_an_epoch_without_rows_is_an_error(tmp_path, arguments, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", arithmetic(20))
     with pytest.raises(UserError, match="no rows to train on"):
-        loader(prepare(arguments(f"{path}:0.001"), tokenizer, 0))
+        make_loader(prepare(arguments(f"{path}:0.001"), tokenizer, 0))
 
 
 RANK = """
@@ -209,6 +190,6 @@ def test_two_ranks_get_the_same_data_or_the_same_error(tmp_path, rows, expected)
 
 
 def test_microbatches_are_int64(data):
-    (batch,) = next(loader(data).epoch(0))
+    (batch,) = next(make_loader(data).epoch(0))
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
     assert set(batch) == {"input_ids", "labels", "document_ids", "position_ids"}

@@ -7,31 +7,12 @@ import pytest
 
 from data import loader as loading
 from data import streaming
-from data.loader import TrainLoader, prepare
+from data.loader import prepare
 from data.prompts import IGNORED
 from data.streaming import shuffled
 from training.config import UserError
 
-from .conftest import arithmetic, write_jsonl
-
-
-def make_loader(data, micro=2, accumulation=1, rank=0, world=1, workers=0) -> TrainLoader:
-    return TrainLoader(
-        data.train,
-        micro_batch_size=micro,
-        accumulation=accumulation,
-        rank=rank,
-        world_size=world,
-        seed=0,
-        num_workers=workers,
-    )
-
-
-def steps(loaders, epoch=0, start_step=0) -> list[list[tuple[int, ...]]]:
-    return [
-        sorted(tuple(row.tolist()) for batches in ranks for batch in batches for row in batch["input_ids"])
-        for ranks in zip(*(one.epoch(epoch, start_step) for one in loaders), strict=True)
-    ]
+from .conftest import arithmetic, make_loader, steps, write_jsonl
 
 
 @pytest.fixture
