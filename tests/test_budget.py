@@ -1,0 +1,116 @@
+"""Size as a property: the path of one batch, the longest file, names that hide what a file is for."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ("model", "experts", "kernels", "training", "data", "inference", "benchmarks", "examples", "tests")
+FILES = [*ROOT.glob("*.py"), ROOT / "launch.sh", *(f for name in SOURCE for f in (ROOT / name).rglob("*.py"))]
+
+# One batch from a file to an optimizer step, in the order in which the data passes through.
+PATH = (
+    "data/readers.py",
+    "data/schema.py",
+    "data/prompts.py",
+    "data/documents.py",
+    "data/packing.py",
+    "data/loader.py",
+    "training/step.py",
+    "model/causal_lm.py",
+    "model/moe.py",
+    "experts/page.py",
+)
+CALLED = {
+    "data/sources.py",
+    "data/hub.py",
+    "data/example.py",
+    "model/attention.py",
+    "model/router.py",
+    "model/head.py",
+    "kernels/reference.py",
+}
+BANKS = {"resident": "experts/resident.py", "zero3": "experts/zero3.py"}
+
+# Trains one step of the tiny preset and prints the files of this repository whose functions ran for it.
+TRACED = """
+import json, os, sys
+from data.loader import TrainLoader, prepare
+from data.tokenizer_asset import load_tokenizer
+from model.presets import preset_config
+from training.config import DataArguments, TrainingArguments
+from training.engine import DTYPES, build_engine, build_model, start_ranks
+from training.plan import make_plan
+from training.step import train_step
+from training.weights import initial_weights
+
+rows, root, placement = sys.argv[1:]
+args = TrainingArguments(device="cpu", placement=placement)
+data_args = DataArguments(dataset=rows, max_length=64, num_workers=0, cache_dir=rows + ".cache")
+ranks, tokenizer, config = start_ranks("cpu"), load_tokenizer(), preset_config("tiny")
+plan = make_plan(config, args, size="tiny", max_length=64, device="cpu", world_size=1)
+model = build_model(
+    config, initial_weights(0, 0.02), plan.ds_config, placement=placement, page_size=plan.page_size,
+    device=ranks.device, dtype=DTYPES["fp32"],
+)
+engine = build_engine(model, args, plan.ds_config)
+ran = set()
+
+def note(frame, event, _):
+    if event == "call" and frame.f_code.co_flags & 1:  # a function, not the body of a module or class
+        ran.add(frame.f_code.co_filename)
+
+sys.setprofile(note)
+data = prepare(data_args, tokenizer, seed=0)
+split = {"micro_batch_size": 4, "accumulation": 1, "rank": 0, "world_size": 1}
+loader = TrainLoader(data.train, **split, seed=0, num_workers=0)
+result = train_step(engine, next(iter(loader.epoch(0))))
+sys.setprofile(None)
+assert result.applied
+own = [os.path.relpath(f, root) for f in ran if f.startswith(root + os.sep) and "site-packages" not in f]
+print("RAN " + json.dumps(own))
+"""
+
+
+def lines(file: Path) -> int:
+    return len(file.read_text(encoding="utf-8").splitlines())
+
+
+def test_source_folders_are_all_known():
+    found = {file.relative_to(ROOT).parts[0] for file in ROOT.glob("[!.]*/*.py")} - {"outputs", "wandb"}
+    assert found - {"tests"} == set(SOURCE) - {"tests"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", BANKS)
+def test_path_of_one_batch(tmp_path, placement):
+    rows = tmp_path / "rows.jsonl"
+    sums = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(60)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in sums))
+    done = subprocess.run(
+        [sys.executable, "-c", TRACED, str(rows), str(ROOT), placement],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    (ran,) = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("RAN ")]
+    assert set(ran) == {*PATH, *CALLED, BANKS[placement]}
+    assert len(PATH) <= 10
+    assert sum(lines(ROOT / name) for name in ran) <= 2500
+
+
+def test_no_long_file():
+    assert [(str(file.relative_to(ROOT)), lines(file)) for file in FILES if lines(file) > 600] == []
+
+
+def test_no_name_that_says_nothing():
+    forbidden = {"utils", "util", "common", "misc", "core", "helpers", "helper"}
+    names = {part.split(".")[0] for file in FILES for part in file.relative_to(ROOT).parts}
+    assert names & forbidden == set()
