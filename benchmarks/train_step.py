@@ -33,24 +33,24 @@ WARMUP = 3
 GPU_GOALS_GB = {"350M": 0.4, "1B": 0.5, "3B": 0.7, "7B": 1.0, "13B": 1.5}
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model-size", nargs="+", default=["tiny"])
-    parser.add_argument("--placement", nargs="+", default=["resident"])
-    parser.add_argument("--deepspeed-config", nargs="+", default=[None], help="default: the preset's own")
-    parser.add_argument("--batch-size", nargs="+", type=int, default=[4], help="rows of a microbatch")
-    parser.add_argument("--max-length", nargs="+", type=int, default=[512])
-    parser.add_argument("--expert-page-size", nargs="+", type=int, default=[None])
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--num-experts", type=int, default=None)
-    parser.add_argument("--steps", type=int, default=10, help=f"timed steps after {WARMUP} of warm-up")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default=None)
-    parser.add_argument("--name", default="train_step", help="the result is written to <output>/<name>.json")
-    parser.add_argument("--output", type=Path, default=DIRECTORY, help="default: benchmarks/results")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options.add_argument("--model-size", nargs="+", default=["tiny"])
+    options.add_argument("--placement", nargs="+", default=["resident"])
+    options.add_argument("--deepspeed-config", nargs="+", default=[None], help="default: the preset's own")
+    options.add_argument("--batch-size", nargs="+", type=int, default=[4], help="rows of a microbatch")
+    options.add_argument("--max-length", nargs="+", type=int, default=[512])
+    options.add_argument("--expert-page-size", nargs="+", type=int, default=[None])
+    options.add_argument("--gradient-checkpointing", action="store_true")
+    options.add_argument("--num-experts", type=int, default=None)
+    options.add_argument("--steps", type=int, default=10, help=f"timed steps after {WARMUP} of warm-up")
+    options.add_argument("--device", choices=("cuda", "cpu"), default=None)
+    options.add_argument("--name", default="train_step", help="the result is written to <output>/<name>.json")
+    options.add_argument("--output", type=Path, default=DIRECTORY, help="default: benchmarks/results")
+    options.add_argument("--cell", help=argparse.SUPPRESS)
+    return options
 
 
 def measure(cell: dict) -> dict:
@@ -162,7 +162,7 @@ def goals(rows: list[dict]) -> list[dict]:
 
 
 def main() -> None:
-    args = arguments()
+    args = parser().parse_args()
     if args.cell:
         print("ROW " + json.dumps(measure(json.loads(args.cell))), flush=True)
         return
