@@ -148,9 +148,11 @@ def choose_device(name: str | None, ranks: int) -> str:
 
 
 def choose_dtype(precision: str | None, device: str) -> torch.dtype:
-    """The dtype of `--precision`; bf16 on a GPU and fp32 on CPU by default."""
+    """The dtype of `--precision`; bf16 on a GPU and fp32 on CPU by default. Raises UserError: fp16 on CPU."""
     from training.engine import DTYPES
 
+    if precision == "fp16" and device == "cpu":
+        raise UserError("--precision fp16 needs a GPU: use fp32 or bf16 on CPU")
     return DTYPES[precision or ("fp32" if device == "cpu" else "bf16")]
 
 

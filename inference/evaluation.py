@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ANSWERS = 200
 """Examples of a family that are answered and checked unless told otherwise: generation is slow."""
 
-ANSWER_GROUP = 8
+ANSWER_GROUP = 16
 """Prompts answered together. Fixed: rounding differs between batch shapes and could flip a near tie, so
 groups are the same for every batch size and rank count."""
 
@@ -101,13 +101,16 @@ def evaluate_answers(
     of examples are dealt to the ranks, each of which holds the whole model; all return the whole list.
     """
     import torch.distributed as dist
+    from tqdm import tqdm
 
     from data.prompts import prompt_text
 
     asked = [example for example in examples if example.prompt_messages()]
     model.eval()
     mine: list[tuple[int, str, bool | None]] = []
-    for start in range(rank * ANSWER_GROUP, len(asked), world_size * ANSWER_GROUP):
+    starts = range(rank * ANSWER_GROUP, len(asked), world_size * ANSWER_GROUP)
+    # disable=None: a bar on a terminal, nothing in a log.
+    for start in tqdm(starts, desc="answers", unit="group", leave=False, disable=True if rank else None):
         group = asked[start : start + ANSWER_GROUP]
         prompts = [prompt_text(e.prompt_messages(), e.prompt_format, tokenizer) for e in group]
         answers = generate(model, tokenizer, prompts, Sampling.greedy(ANSWER_TOKENS), device=device)

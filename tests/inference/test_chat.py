@@ -276,6 +276,7 @@ def test_ctrl_c_with_two_ranks_stops_only_the_answer(checkpoint, tmp_path) -> No
         (("--num-gpus", "3"), "3 ranks cannot share 2 key-value heads evenly"),
         (("--engine", "torch", "--num-gpus", "2"), "--engine torch holds the whole model on one device"),
         (("--offload", "--num-gpus", "2"), "--offload works on one GPU"),
+        (("--precision", "fp16"), "--precision fp16 needs a GPU"),
     ],
 )
 def test_wrong_flags(checkpoint, tmp_path, flags, line) -> None:
