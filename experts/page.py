@@ -16,14 +16,18 @@ class ExpertPage(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(num_experts, expert_width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_width))
 
-    def compute(self, rows_ND: Tensor, counts_R: Tensor) -> Tensor:
-        """rows_ND, sorted by expert, through their experts; counts_R (int64) rows each."""
-        gate_NF = grouped_linear(rows_ND, self.gate_proj, counts_R)
-        up_NF = grouped_linear(rows_ND, self.up_proj, counts_R)
-        return grouped_linear(swiglu(gate_NF, up_NF), self.down_proj, counts_R)
-
     def forward(self, rows_ND: Tensor, counts_R: Tensor) -> Tensor:
-        return self.compute(rows_ND, counts_R)
+        """rows_ND, sorted by expert, through their experts; counts_R (int64) rows each."""
+        return swiglu_experts(rows_ND, counts_R, self.gate_proj, self.up_proj, self.down_proj)
+
+
+def swiglu_experts(
+    rows_ND: Tensor, counts_R: Tensor, gate_RFD: Tensor, up_RFD: Tensor, down_RDF: Tensor
+) -> Tensor:
+    """down(silu(gate(x)) · up(x)) of each row's expert; rows sorted by expert."""
+    gate_NF = grouped_linear(rows_ND, gate_RFD, counts_R)
+    up_NF = grouped_linear(rows_ND, up_RFD, counts_R)
+    return grouped_linear(swiglu(gate_NF, up_NF), down_RDF, counts_R)
 
 
 def grouped_linear(rows_NI: Tensor, weight_ROI: Tensor, counts_R: Tensor) -> Tensor:

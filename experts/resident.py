@@ -13,5 +13,5 @@ class ResidentBank(ExpertPage):
         super().__init__(config.num_experts, config.hidden_size, config.moe_intermediate_size)
 
     def forward(self, hidden_TD: Tensor, routing: Routing) -> Tensor:
-        rows_ND = self.compute(permute(hidden_TD, routing), routing.counts_E)
+        rows_ND = super().forward(permute(hidden_TD, routing), routing.counts_E)
         return combine(rows_ND, routing)

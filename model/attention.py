@@ -23,7 +23,7 @@ def rotate(x_BHSC: Tensor, cos_BSC: Tensor, sin_BSC: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight, normalised in fp32."""
+    """x / rms(x) · weight; the kernel accumulates in fp32."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 class Attention(nn.Module):

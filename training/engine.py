@@ -108,8 +108,7 @@ def build_engine(
     model: PragnosiaForCausalLM, args: TrainingArguments, ds_config: dict
 ) -> deepspeed.DeepSpeedEngine:
     """The engine that owns the model, its optimizer and its gradients from here on."""
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    model.model.gradient_checkpointing = args.gradient_checkpointing
     optimizer = build_optimizer(parameter_groups(model, args), ds_config)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     if not engine.zero_optimization():

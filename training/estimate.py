@@ -50,7 +50,9 @@ def estimate(
     )
     tokens = micro_batch_size * max_length
     width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
-    routed = config.num_experts_per_tok * (4 * config.moe_intermediate_size + 3 * width)
+    # A page is recomputed in backward from its rows; a resident bank keeps what is inside its experts as well.
+    inside = 0 if placement == "zero3" else 4 * config.moe_intermediate_size
+    routed = config.num_experts_per_tok * (inside + 3 * width)
     layer = tokens * weight * (12 * width + 6 * heads + routed)
     kept = tokens * weight * width if checkpointing else layer
     activations = kept * config.num_hidden_layers + (layer if checkpointing else 0)

@@ -384,6 +384,7 @@ class Pretrainer:
     def _export(self, directory: Path, export_format: str) -> None:
         if self.is_main:
             shutil.rmtree(directory, ignore_errors=True)
+        self.engine.empty_partition_cache()  # ZeRO-3 may have fetched ahead of a forward that does not come
         export_model(
             self.engine.module, self.tokenizer, directory, export_format=export_format, write=self.is_main
         )
