@@ -16,7 +16,7 @@ from inference.chat import COMMANDS
 from inference.generation import Sampling
 from model.presets import PRESETS, preset_config
 from tests.test_budget import BANKS, CALLED, PATH, SOURCE
-from training.config import parse
+from training.config import MODEL_SIZES, parse
 from training.launch import launcher_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,6 +162,7 @@ def test_preset_table_equals_the_presets():
         sizes = [p.hidden_size, p.num_layers, p.num_experts, config.num_experts_per_tok, p.expert_width]
         expected.append([name, *map(str, sizes), f"{p.heads} × {p.head_dim}", str(p.kv_heads), *counts])
     assert [code_cells(line) for line in lines] == expected
+    assert list(MODEL_SIZES) == [*PRESETS, "custom"]
 
 
 def test_file_list_is_complete():
