@@ -28,12 +28,12 @@ export PYTHONNOUSERSITE=1
 need_gb=6
 venv="$(realpath -m -s -- "${PRAGNOSIA_VENV:-$root/.venv}")"
 python="$venv/bin/python"
-new_enough="import sys; sys.exit(sys.version_info < (3, 10))"
+new_enough="import sys; sys.exit(sys.version_info < (3, 11))"
 headers="import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path('include') + '/Python.h'))"
 
-find_python() { # prints the first usable Python, 3.10 or later; else dies saying why none is
+find_python() { # prints the first usable Python, 3.11 or later; else dies saying why none is
     local name reason="no Python found"
-    for name in python3.13 python3.12 python3.11 python3.10 python3; do
+    for name in python3.13 python3.12 python3.11 python3; do
         command -v "$name" >/dev/null && "$name" -c "" 2>/dev/null || continue
         if ! "$name" -c "$new_enough"; then
             reason="$("$name" -V) is too old"
@@ -46,7 +46,7 @@ find_python() { # prints the first usable Python, 3.10 or later; else dies sayin
             return
         fi
     done
-    die "Python 3.10 or later, with venv and headers, is needed: $reason"
+    die "Python 3.11 or later, with venv and headers, is needed: $reason"
 }
 
 make_environment() { # leaves no stamp unless all is installed
@@ -73,7 +73,7 @@ command -v "${CXX:-c++}" >/dev/null || command -v g++ >/dev/null ||
     die "no C++ compiler (c++ or g++), which DeepSpeed compiles its ops with: install g++"
 if [[ -n "${PRAGNOSIA_VENV:-}" ]]; then
     "$python" -c "$new_enough" 2>/dev/null ||
-        die "PRAGNOSIA_VENV=$venv holds no Python 3.10 or later in bin/python"
+        die "PRAGNOSIA_VENV=$venv holds no Python 3.11 or later in bin/python"
     "$python" -c "from importlib.util import find_spec as f; exit(not (f('torch') and f('deepspeed')))" ||
         die "PRAGNOSIA_VENV=$venv lacks torch or deepspeed: pip install -r requirements.txt there"
 else

@@ -1,11 +1,11 @@
 """Train a Mixture-of-Experts language model through DeepSpeed.
 
-    ./launch.sh train                                            # the tiny preset on the embedded data
-    ./launch.sh train --model-size 1B --dataset all --epochs 3   # everything after `train` comes here
-    deepspeed --num_gpus 8 train_ds.py --model-size 3B --dataset chat:2,my.jsonl:1
-    python train_ds.py --model-size tiny --device cpu --max-steps 20
-    python train_ds.py --resume outputs/pragnosia_1B_16experts_20260101-120000
-    python train_ds.py --model-size 13B --dry-run                # print the resolved settings and stop
+./launch.sh train                                            # the tiny preset on the embedded data
+./launch.sh train --model-size 1B --dataset all --epochs 3   # everything after `train` comes here
+deepspeed --num_gpus 8 train_ds.py --model-size 3B --dataset chat:2,my.jsonl:1
+python train_ds.py --model-size tiny --device cpu --max-steps 20
+python train_ds.py --resume outputs/pragnosia_1B_16experts_20260101-120000
+python train_ds.py --model-size 13B --dry-run                # print the resolved settings and stop
 """
 
 import json
@@ -121,7 +121,9 @@ def train(run: RunArguments) -> int:
         return 128 + stop.signal_number
     shown = [example for examples in data.validation_examples.values() for example in examples[:2]]
     for sample in sample_answers(trainer.engine.module, tokenizer, shown, device=ranks.device):
-        say(f"\n[{sample['family']}] {sample['prompt'].strip()}\n-> {sample['answer'].strip() or '(nothing)'}")
+        say(
+            f"\n[{sample['family']}] {sample['prompt'].strip()}\n-> {sample['answer'].strip() or '(nothing)'}"
+        )
     chat = Path(__file__).parent / "launch.sh"
     say(f"\nsaved       {run_dir / 'final_model'}\nchat with   {chat} chat --checkpoint {run_dir}")
     return 0

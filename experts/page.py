@@ -41,9 +41,15 @@ def grouped_linear(rows_NI: Tensor, weight_ROI: Tensor, counts_R: Tensor) -> Ten
         offsets_R = counts_R.cumsum(0).to(torch.int32)
         return F.grouped_mm(rows_NI, weight_ROI.transpose(1, 2), offs=offsets_R)
     slices = rows_NI.split(counts_R.tolist())
-    return torch.cat([F.linear(slice_NI, weight) for slice_NI, weight in zip(slices, weight_ROI, strict=True)])
+    return torch.cat(
+        [F.linear(slice_NI, weight) for slice_NI, weight in zip(slices, weight_ROI, strict=True)]
+    )
 
 
 def has_grouped_gemm(rows: Tensor) -> bool:
     """Whether `F.grouped_mm` has a kernel of its own for this device and dtype (elsewhere it loops, slower)."""
-    return rows.is_cuda and rows.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (9, 0)
+    return (
+        rows.is_cuda
+        and rows.dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(rows.device) >= (9, 0)
+    )

@@ -56,6 +56,11 @@ class Zero3Bank(nn.Module):
 
     def forward(self, hidden_TD: Tensor, routing: Routing) -> Tensor:
         counts_pages = routing.counts_E.split(self.page_size)
-        rows_pages = permute(hidden_TD, routing).split(routing.counts_E.view(-1, self.page_size).sum(1).tolist())
-        outputs = [page(rows, counts) for page, rows, counts in zip(self.pages, rows_pages, counts_pages, strict=True)]
+        rows_pages = permute(hidden_TD, routing).split(
+            routing.counts_E.view(-1, self.page_size).sum(1).tolist()
+        )
+        outputs = [
+            page(rows, counts)
+            for page, rows, counts in zip(self.pages, rows_pages, counts_pages, strict=True)
+        ]
         return combine(torch.cat(outputs), routing)

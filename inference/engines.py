@@ -215,22 +215,19 @@ def fits(config: PragnosiaConfig, dtype: torch.dtype, device: str) -> bool:
 
 def _join_ranks(device: str) -> ProcessGroup:
     """Start communication between the ranks, patient enough for a person; returns the control group."""
-    import deepspeed
     import torch
     import torch.distributed as dist
 
+    from training.engine import init_process_group, unlink_shared_buffers
+
     if device != "cpu":
         torch.cuda.set_device(device)
-    os.environ.setdefault("LOCAL_SIZE", os.environ["WORLD_SIZE"])  # DeepSpeed's CPU all-reduce asks for it
-    deepspeed.init_distributed("gloo" if device == "cpu" else "nccl", verbose=False, timeout=PATIENCE)
+    init_process_group("gloo" if device == "cpu" else "nccl", timeout=PATIENCE)
     if dist.get_rank() > 0:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = dist.new_group(backend="gloo", timeout=PATIENCE)
     dist.barrier(group=control)
-    # DeepSpeed's CPU all-reduce would leave its buffer, 69 MB a rank, behind; all ranks have it open by now.
-    name = "deepspeed_allreduce_buffer_*_{MASTER_ADDR}_{MASTER_PORT}_{RANK}".format(**os.environ)
-    for buffer in Path("/dev/shm").glob(name):
-        buffer.unlink()
+    unlink_shared_buffers()
     return control
 
 

@@ -50,7 +50,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, hidden_BSD: Tensor, rotary_BSC: tuple[Tensor, Tensor], mask: Tensor | None, cache=None) -> Tensor:
+    def forward(
+        self, hidden_BSD: Tensor, rotary_BSC: tuple[Tensor, Tensor], mask: Tensor | None, cache=None
+    ) -> Tensor:
         batch, length, _ = hidden_BSD.shape
         heads = (batch, length, -1, self.head_dim)
         q_BHSC = rotate(self.q_norm(self.q_proj(hidden_BSD).view(heads)).transpose(1, 2), *rotary_BSC)
@@ -63,6 +65,11 @@ class Attention(nn.Module):
             group = q_BHSC.shape[1] // k_BGSC.shape[1]
             k_BGSC, v_BGSC = (x.repeat_interleave(group, dim=1) for x in (k_BGSC, v_BGSC))
         output_BHSC = F.scaled_dot_product_attention(
-            q_BHSC, k_BGSC, v_BGSC, attn_mask=mask, is_causal=mask is None and length > 1, enable_gqa=mask is None
+            q_BHSC,
+            k_BGSC,
+            v_BGSC,
+            attn_mask=mask,
+            is_causal=mask is None and length > 1,
+            enable_gqa=mask is None,
         )
         return self.o_proj(output_BHSC.transpose(1, 2).reshape(batch, length, -1))

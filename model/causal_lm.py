@@ -17,6 +17,7 @@ from model.head import LanguageModelHead
 from model.moe import BuildBank, MoEBlock, ResidentBank
 from model.router import Router
 
+
 @dataclass
 class CausalLMOutput(ModelOutput):
     """What `PragnosiaForCausalLM` returns.
@@ -48,7 +49,12 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, hidden_BSD: Tensor, rotary_BSC: tuple[Tensor, Tensor], mask: Tensor | None, valid_T: Tensor | None, cache
+        self,
+        hidden_BSD: Tensor,
+        rotary_BSC: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        valid_T: Tensor | None,
+        cache,
     ) -> tuple[Tensor, ...]:
         """The layer's output and, flat as activation checkpointing wants them, its router statistics."""
         hidden_BSD = hidden_BSD + self.self_attn(self.input_layernorm(hidden_BSD), rotary_BSC, mask, cache)
@@ -81,7 +87,9 @@ class PragnosiaModel(PragnosiaPreTrainedModel):
     def __init__(self, config: PragnosiaConfig, build_bank: BuildBank = ResidentBank):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, build_bank) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i, build_bank) for i in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()

@@ -49,4 +49,8 @@ class LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
-        return grad_hidden_TD * grad.to(grad_hidden_TD.dtype), grad_weight_VD * grad.to(grad_weight_VD.dtype), None
+        return (
+            grad_hidden_TD * grad.to(grad_hidden_TD.dtype),
+            grad_weight_VD * grad.to(grad_weight_VD.dtype),
+            None,
+        )

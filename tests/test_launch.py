@@ -125,12 +125,12 @@ def test_too_old_python(skeleton, tmp_path):
     old.write_text('#!/bin/sh\ncase "$*" in *version_info*) exit 1 ;; -V) echo Python 3.8.10 ;; esac\n')
     old.chmod(0o755)
     error = only_error(launch(skeleton, "chat", env={"PATH": str(path)}))
-    assert "Python 3.10 or later" in error and "Python 3.8.10 is too old" in error
+    assert "Python 3.11 or later" in error and "Python 3.8.10 is too old" in error
 
 
 def test_no_python(skeleton, tmp_path):
     error = only_error(launch(skeleton, "chat", env={"PATH": str(programs(tmp_path / "bin"))}))
-    assert "Python 3.10 or later" in error and "no Python found" in error
+    assert "Python 3.11 or later" in error and "no Python found" in error
 
 
 def test_no_compiler(skeleton, tmp_path):
@@ -153,7 +153,7 @@ def test_no_disk(skeleton, tmp_path):
 
 def test_named_environment_must_be_one(skeleton, tmp_path):
     error = only_error(launch(skeleton, "chat", env=plain_environment(PRAGNOSIA_VENV=str(tmp_path))))
-    assert "holds no Python 3.10 or later" in error
+    assert "holds no Python 3.11 or later" in error
 
 
 @pytest.mark.slow

@@ -170,7 +170,7 @@ class DataArguments(Checked):
     )
     max_length: int = option(512, "tokens in a row", minimum=2)
     max_samples: int | None = option(None, "use at most this many examples of each dataset", minimum=1)
-    num_workers: int = option(2, "processes that load data", minimum=0)
+    num_workers: int = option(2, "threads that load data", minimum=0)
     train_on_prompt: bool = option(False, "learn the prompts too, not the answers alone")
     streaming: bool = option(False, "read datasets as a stream, for those larger than memory")
     validation_fraction: float = option(0.05, "share of the data held out", minimum=0, maximum=0.5)

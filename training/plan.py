@@ -56,12 +56,20 @@ def resolve_device(requested: str | None) -> str:
     import torch
 
     if requested == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA GPU here; use --device cpu or install a CUDA build")
+        raise UserError(
+            "--device cuda: PyTorch sees no CUDA GPU here; use --device cpu or install a CUDA build"
+        )
     return requested or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def make_plan(
-    config: PragnosiaConfig, args: TrainingArguments, *, size: str, max_length: int, device: str, world_size: int
+    config: PragnosiaConfig,
+    args: TrainingArguments,
+    *,
+    size: str,
+    max_length: int,
+    device: str,
+    world_size: int,
 ) -> Plan:
     """Resolve a run; `size` names the preset whose JSON is the default.
 
@@ -78,7 +86,9 @@ def make_plan(
     )  # fmt: skip
 
     def attempt(placement: str) -> Plan:
-        path = args.deepspeed_config or deepspeed_config.default_path(preset, placement, device, world_size, nodes)
+        path = args.deepspeed_config or deepspeed_config.default_path(
+            preset, placement, device, world_size, nodes
+        )
         ds_config = deepspeed_config.load(
             path, args, placement=placement, precision=precision, world_size=world_size
         )

@@ -1,13 +1,13 @@
 """The training run: engine, data, steps, validation, checkpoints, export.
 
-    from model.presets import preset_config
-    from training import Pretrainer, TrainingArguments
+from model.presets import preset_config
+from training import Pretrainer, TrainingArguments
 
-    Pretrainer(
-        model=preset_config("tiny"),
-        args=TrainingArguments(output_dir="outputs", num_train_epochs=1),
-        train_dataset=[{"question": "2 + 2?", "answer": "4"}],
-    ).train()
+Pretrainer(
+    model=preset_config("tiny"),
+    args=TrainingArguments(output_dir="outputs", num_train_epochs=1),
+    train_dataset=[{"question": "2 + 2?", "answer": "4"}],
+).train()
 """
 
 from __future__ import annotations
@@ -34,11 +34,18 @@ from training import checkpoint as disk
 from training.config import DataArguments, TrainingArguments, UserError
 from training.engine import DTYPES, build_engine, build_model, set_learning_rates, start_ranks
 from training.export import export_model, probe_logits, verify_export
-from training.metrics import MetricsLog, draw_loss_curve, duration, memory_metrics, perplexity, router_load_metrics
+from training.metrics import (
+    MetricsLog,
+    draw_loss_curve,
+    duration,
+    memory_metrics,
+    perplexity,
+    router_load_metrics,
+)
 from training.plan import Plan, make_plan, resolve_device
 from training.schedule import learning_rate_factor
 from training.step import StepResult, reduce_results, train_step
-from training.universal import to_universal
+from training.universal import UNIVERSAL_CLIENT_STATE, to_universal
 from training.weights import Source, initial_weights, model_weights
 
 STATE_TAG = "state"
@@ -140,7 +147,9 @@ class Pretrainer:
         )
         if self.is_main:
             disk.write_json(self.run_dir / "run.json", self._record())
-        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {
+            number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             self._train_epochs()
             self._finish()
@@ -323,7 +332,10 @@ class Pretrainer:
             state = disk.read_state(resume)
             universal = self._universal(resume, state)
             if universal:
-                ds_config = {**ds_config, "checkpoint": {**ds_config.get("checkpoint", {}), "load_universal": True}}
+                ds_config = {
+                    **ds_config,
+                    "checkpoint": {**ds_config.get("checkpoint", {}), "load_universal": True},
+                }
         model = build_model(
             self.config,
             self.source,
@@ -377,7 +389,9 @@ class Pretrainer:
         return final
 
     def _write(self, temporary: Path) -> None:
-        self.engine.save_checkpoint(str(temporary), tag=STATE_TAG, save_latest=False)
+        self.engine.save_checkpoint(
+            str(temporary), tag=STATE_TAG, save_latest=False, client_state=UNIVERSAL_CLIENT_STATE
+        )
         self._export(temporary / "model", "pragnosia")
         torch.save(random_state(), temporary / f"rank-{self.ranks.rank}.pt")
 

@@ -9,6 +9,10 @@ from pathlib import Path
 
 from training.config import UserError
 
+# What the converter wants to find in a checkpoint of ZeRO 1 or 2; it lists parameters that tensor parallelism
+# treats apart, and here there are none.
+UNIVERSAL_CLIENT_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+
 
 def to_universal(state: Path, target: Path) -> None:
     """Convert a `state/` directory of a ZeRO checkpoint; needs as much free disk as the state takes.

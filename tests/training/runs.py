@@ -17,14 +17,25 @@ SMALL = (
 
 def write_rows(path: Path, count: int = 120) -> Path:
     """A small reasoning dataset."""
-    rows = [{"question": f"What is {n} + {n % 7}?", "answer": f"{n} + {n % 7} = {n + n % 7}\n#### {n + n % 7}"} for n in range(count)]
+    rows = [
+        {"question": f"What is {n} + {n % 7}?", "answer": f"{n} + {n % 7} = {n + n % 7}\n#### {n + n % 7}"}
+        for n in range(count)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def command(data: Path, output: Path, *flags: str) -> list[str]:
     """The command line of a small run; a flag given here replaces the small run's own."""
-    own = (*SMALL, "--dataset", str(data), "--cache-dir", str(data.parent / "cache"), "--output-dir", str(output))
+    own = (
+        *SMALL,
+        "--dataset",
+        str(data),
+        "--cache-dir",
+        str(data.parent / "cache"),
+        "--output-dir",
+        str(output),
+    )
     kept = [word for flag, values in _pairs(own) if flag not in flags for word in (flag, *values)]
     return [sys.executable, str(REPOSITORY / "train_ds.py"), *kept, *flags]
 
@@ -41,7 +52,9 @@ def _pairs(words):
 
 def environment(**extra: str) -> dict[str, str]:
     """One thread, the CPU."""
-    inherited = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    inherited = {
+        key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     return {**inherited, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **extra}
 
 
@@ -51,7 +64,13 @@ def start(arguments: list[str], world_size: int = 1) -> list[subprocess.Popen]:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     ranks = [
-        {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        {
+            "RANK": str(r),
+            "LOCAL_RANK": str(r),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         for r in range(world_size)
     ]
     return [

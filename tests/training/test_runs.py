@@ -201,7 +201,16 @@ def test_full_disk(data, tmp_path):
 
 
 def test_loss_that_is_not_finite_stops_the_run(data, tmp_path):
-    flags = ("--max-steps", "30", "--save-steps", "1", "--learning-rate", "1e30", "--local-learning-rate", "1e30")
+    flags = (
+        "--max-steps",
+        "30",
+        "--save-steps",
+        "1",
+        "--learning-rate",
+        "1e30",
+        "--local-learning-rate",
+        "1e30",
+    )
     flags = (*flags, "--gradient-clip", "1e9", "--max-nan-steps", "3", "--keep-checkpoints", "50")
     directory, text = run(data, tmp_path / "out", *flags, expect=2)
     line = next(line for line in text.splitlines() if line.startswith("error:"))
