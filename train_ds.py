@@ -42,7 +42,7 @@ def settings_of(run: RunArguments) -> dict:
 def starting_point(run: RunArguments):
     """(configuration, tokenizer, weights or None) from --resume, --init-from or --model-size."""
     from data.tokenizer_asset import load_tokenizer
-    from model.presets import config_from_arguments
+    from model.presets import check_agreement, config_from_arguments
     from training import checkpoint as disk
     from training.weights import directory_weights
 
@@ -58,6 +58,7 @@ def starting_point(run: RunArguments):
         )
         return config, tokenizer, None
     config = disk.load_config(origin)
+    check_agreement(run.model, config, origin)
     config.router_aux_loss_coef, config.router_z_loss_coef = (
         run.model.router_aux_loss_coef,
         run.model.router_z_loss_coef,
@@ -72,14 +73,15 @@ def starting_point(run: RunArguments):
 
 def dry_run(run: RunArguments) -> int:
     """Print the resolved settings, the plan and its memory estimate."""
+    from model.presets import size_of
     from training.plan import make_plan, resolve_device
 
-    config, tokenizer, _ = starting_point(run)
+    config, _, _ = starting_point(run)
     device = resolve_device(run.training.device)
     plan = make_plan(
         config,
         run.training,
-        size=run.model.model_size,
+        size=size_of(config),
         max_length=run.data.max_length,
         device=device,
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
@@ -93,6 +95,7 @@ def train(run: RunArguments) -> int:
     """The whole job: data, training, validation, sample answers, and where everything is."""
     from data.loader import prepare
     from inference.generation import sample_answers
+    from model.presets import size_of
     from training.engine import start_ranks
     from training.plan import resolve_device
     from training.pretrainer import Interrupted, Pretrainer
@@ -108,7 +111,7 @@ def train(run: RunArguments) -> int:
         tokenizer=tokenizer,
         data_args=run.data,
         init_from=weights,
-        name=run.model.model_size,
+        name=size_of(config),
         settings=settings_of(run),
     )
     say("\n".join(trainer.plan.lines(run.training, run.data.max_length)))

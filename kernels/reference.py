@@ -44,7 +44,7 @@ def route(
     logits_TE: Tensor, num_active: int, renormalise: bool = True, valid_T: Tensor | None = None
 ) -> tuple[Routing, RouterStatistics]:
     """Softmax in fp32, top-k, renormalise; the losses' sums over `valid_T` (bool, None = all tokens)."""
-    num_tokens, num_experts = logits_TE.shape
+    num_experts = logits_TE.shape[1]
     logits_TE = logits_TE.float()
     lse_T = logits_TE.logsumexp(-1)
     probs_TE = (logits_TE - lse_T[:, None]).exp()

@@ -66,15 +66,15 @@ def preset_config(size: str, **overrides) -> PragnosiaConfig:
 def _config(preset: Preset, **overrides) -> PragnosiaConfig:
     from model.config import PragnosiaConfig
 
-    fields = dict(
-        hidden_size=preset.hidden_size,
-        num_hidden_layers=preset.num_layers,
-        num_experts=preset.num_experts,
-        moe_intermediate_size=preset.expert_width,
-        num_attention_heads=preset.heads,
-        head_dim=preset.head_dim,
-        num_key_value_heads=preset.kv_heads,
-    )
+    fields = {
+        "hidden_size": preset.hidden_size,
+        "num_hidden_layers": preset.num_layers,
+        "num_experts": preset.num_experts,
+        "moe_intermediate_size": preset.expert_width,
+        "num_attention_heads": preset.heads,
+        "head_dim": preset.head_dim,
+        "num_key_value_heads": preset.kv_heads,
+    }
     try:
         return PragnosiaConfig(**{**fields, **overrides})
     except ValueError as error:
@@ -106,11 +106,41 @@ def config_from_arguments(args: ModelArguments, **overrides) -> PragnosiaConfig:
                 f"--hidden-size and --num-layers belong to --model-size custom; {args.model_size} fixes both"
             )
         preset = PRESETS[args.model_size]
-    fields = dict(
-        num_experts_per_tok=args.num_active_experts,
-        router_aux_loss_coef=args.router_aux_loss_coef,
-        router_z_loss_coef=args.router_z_loss_coef,
-    )
+    fields = {
+        "num_experts_per_tok": args.num_active_experts,
+        "router_aux_loss_coef": args.router_aux_loss_coef,
+        "router_z_loss_coef": args.router_z_loss_coef,
+    }
     if args.num_experts is not None:
         fields["num_experts"] = args.num_experts
     return _config(preset, **{**fields, **overrides})
+
+
+def size_of(config: PragnosiaConfig) -> str:
+    """The preset with this width, depth and expert width, else custom."""
+    for name, preset in PRESETS.items():
+        sizes = (preset.hidden_size, preset.num_layers, preset.expert_width)
+        if sizes == (config.hidden_size, config.num_hidden_layers, config.moe_intermediate_size):
+            return name
+    return "custom"
+
+
+def check_agreement(args: ModelArguments, config: PragnosiaConfig, origin: object) -> None:
+    """Refuse settings that contradict the model that training starts from; what is not given follows it.
+
+    Raises:
+        UserError: names the flag and both values.
+    """
+    default = ModelArguments()
+    found = {
+        "model_size": size_of(config),
+        "hidden_size": config.hidden_size,
+        "num_layers": config.num_hidden_layers,
+        "num_experts": config.num_experts,
+        "num_active_experts": config.num_experts_per_tok,
+    }
+    for name, value in found.items():
+        asked = getattr(args, name)
+        if asked not in (value, getattr(default, name), "custom"):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {asked}: the model in {origin} has {value}; leave {flag} out")

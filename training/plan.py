@@ -37,10 +37,12 @@ class Plan:
         micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
         pages = f", pages of {self.page_size} experts" if self.page_size else ""
         return [
-            f"model       {self.config.num_params() / 1e6:,.1f}M parameters, {self.config.active_params() / 1e6:,.1f}M "
-            f"active; {self.config.num_experts} experts, {self.config.num_experts_per_tok} active",
-            f"placement   {self.placement}{pages}; {self.json_path.name} (ZeRO stage "
-            f"{self.ds_config['zero_optimization']['stage']}); {self.precision} on {self.world_size} x {self.device}",
+            f"model       {self.config.num_params() / 1e6:,.1f}M parameters, "
+            + f"{self.config.active_params() / 1e6:,.1f}M active; "
+            + f"{self.config.num_experts} experts, {self.config.num_experts_per_tok} active",
+            f"placement   {self.placement}{pages}; {self.json_path.name} "
+            f"(ZeRO stage {self.ds_config['zero_optimization']['stage']}); "
+            f"{self.precision} on {self.world_size} x {self.device}",
             f"batch       {micro} rows x {accumulation} microbatches x {self.world_size} ranks = "
             f"{micro * accumulation * self.world_size} rows of {max_length} tokens a step",
             f"memory      about {self.memory}",

@@ -206,14 +206,16 @@ class Pretrainer:
         self.step += 1
         self.step_in_epoch += 1
         self.log.advance()
-        self.bad_steps = 0 if result.applied else self.bad_steps + 1
-        if not result.applied:
+        # With fp16, an update refused for a finite loss is the loss scale finding its range.
+        is_bad = not (result.applied or (result.finite and self.plan.precision == "fp16"))
+        self.bad_steps = self.bad_steps + 1 if is_bad else 0
+        if is_bad:
             self.log.say(f"step {self.step}: loss or gradient is not finite, weights not updated")
         if self.bad_steps >= self.args.max_nan_steps:
             good = [path.name for path in disk.checkpoints(self.run_dir)]
             raise UserError(
-                f"loss not finite for {self.bad_steps} steps in a row (--max-nan-steps), stopped at step {self.step}: "
-                f"lower --learning-rate or --local-learning-rate and --resume "
+                f"loss not finite for {self.bad_steps} steps in a row (--max-nan-steps), "
+                f"stopped at step {self.step}: lower --learning-rate or --local-learning-rate and --resume "
                 f"{self.run_dir / good[-1] if good else 'an earlier run (no checkpoint was written yet)'}"
             )
         return result
@@ -262,11 +264,11 @@ class Pretrainer:
             eta = f"  eta {duration(metrics['eta_seconds'])}"
         self.log.write(self.step, metrics)
         memory = metrics.get("memory/gpu_peak_gb", metrics["memory/host_gb"])
+        rates = "/".join(f"{rate:.2e}" for rate in self.learning_rates)
         self.log.say(
             f"step {self.step}/{self.total_steps or '?'}  loss {loss:.4f}  ppl {metrics['perplexity']:.4g}  "
-            f"lr {self.learning_rates[0]:.2e}/{self.learning_rates[1]:.2e}  grad {metrics.get('grad_norm', 0):.2f}  "
-            f"{metrics['tokens_per_second']:,.0f} tok/s  {memory:.2f} GB  load cv {metrics.get('router/load_cv', 0):.2f}"
-            f"{eta}"
+            f"lr {rates}  grad {metrics.get('grad_norm', 0):.2f}  {metrics['tokens_per_second']:,.0f} tok/s  "
+            f"{memory:.2f} GB  load cv {metrics.get('router/load_cv', 0):.2f}{eta}"
         )
 
     def evaluate(self) -> dict[str, dict[str, float]]:

@@ -15,9 +15,11 @@ Batch = dict[str, Tensor]
 class StepResult:
     """What one step saw, on this rank until `reduce_results` sums it over ranks. Sums are fp64 on the device.
 
-    applied: whether the weights were updated. grad_norm: global norm before clipping.
+    finite: whether some microbatch had a finite loss. applied: whether the weights were updated; DeepSpeed
+    refuses a gradient that is not finite. grad_norm: global norm before clipping.
     """
 
+    finite: bool
     applied: bool
     sums: dict[str, Tensor]
     load_LE: Tensor | None
@@ -42,7 +44,7 @@ def train_step(engine, microbatches: list[Batch]) -> StepResult:
     num_targets, num_tokens = counts.tolist()
     keys = ("loss_sum", "targets", "tokens", "balance", "z", "entropy")
     sums = {key: torch.zeros((), dtype=torch.float64, device=device) for key in keys}
-    load_LE, grad_norm, applied = None, None, False
+    load_LE, grad_norm, started = None, None, False
     for index, batch in enumerate(microbatches):
         is_last = index == len(microbatches) - 1
         engine.set_gradient_accumulation_boundary(is_last)
@@ -57,18 +59,18 @@ def train_step(engine, microbatches: list[Batch]) -> StepResult:
             sums["z"] += output.z_loss * tokens
             sums["entropy"] += output.router_entropy * tokens
             load_LE = output.load_LE if load_LE is None else load_LE + output.load_LE
-        elif not applied:
+        elif not started:
             continue
         else:
             output = engine(**empty_like(batch), num_targets=num_targets, num_tokens=num_tokens)
-        applied = True
+        started = True
         engine.backward(output.loss * dist.get_world_size(), scale_wrt_gas=False)
         if is_last:
             grad_norm = unclipped_norm(engine)
         engine.step()
-    if applied and engine.get_global_grad_norm() is not None:
+    if started and engine.get_global_grad_norm() is not None:
         grad_norm = float(engine.get_global_grad_norm())
-    return StepResult(applied and engine.was_step_applied(), sums, load_LE, grad_norm)
+    return StepResult(started, started and engine.was_step_applied(), sums, load_LE, grad_norm)
 
 
 def count_targets(batch: Batch) -> int:

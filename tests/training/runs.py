@@ -58,7 +58,7 @@ def environment(**extra: str) -> dict[str, str]:
     return {**inherited, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **extra}
 
 
-def start(arguments: list[str], world_size: int = 1) -> list[subprocess.Popen]:
+def start(arguments: list[str], world_size: int = 1, **extra: str) -> list[subprocess.Popen]:
     """The ranks of a run, started without a launcher."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -75,7 +75,11 @@ def start(arguments: list[str], world_size: int = 1) -> list[subprocess.Popen]:
     ]
     return [
         subprocess.Popen(
-            arguments, env=environment(**rank), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            arguments,
+            env=environment(**rank, **extra),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         for rank in ranks
     ]

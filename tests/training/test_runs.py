@@ -8,6 +8,7 @@ import signal
 import time
 
 import pytest
+
 from tests.training.runs import command, finish, losses, run, start, weights, write_rows
 
 STEPS = ("--max-steps", "8", "--save-steps", "3")
@@ -226,3 +227,49 @@ def test_a_dead_rank_does_not_leave_the_other_waiting(data, tmp_path):
     processes[1].kill()
     code, _ = finish(processes, timeout=60)
     assert code != 0
+
+
+def test_reporters_streaming_export_and_a_run_that_starts_from_it(data, tmp_path):
+    """One run with every reporter on a stream, exported for plain transformers; another starts from it."""
+    flags = (
+        "--max-steps",
+        "4",
+        "--streaming",
+        "--report-to",
+        "tensorboard,wandb",
+        "--export-format",
+        "qwen3_moe",
+    )
+    (process,) = start(command(data, tmp_path / "out", *flags), WANDB_MODE="offline")
+    code, text = finish([process])
+    assert code == 0, text
+    (directory,) = (tmp_path / "out").glob("pragnosia_*")
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(
+        list(losses(directory).values())
+    )
+    assert list((directory / "wandb").glob("offline-run-*/run-*.wandb"))
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(directory / "final_model")
+    assert type(model).__name__ == "Qwen3MoeForCausalLM"
+    ids = torch.tensor([AutoTokenizer.from_pretrained(directory / "final_model")("What is 1 + 1?").input_ids])
+    assert model(ids).logits.isfinite().all()
+
+    # Nothing is learnt at this rate, so the second validation is no better and patience ends the run.
+    flags = ("--init-from", str(directory), "--learning-rate", "1e-30", "--local-learning-rate", "1e-30")
+    flags = (*flags, "--eval-steps", "1", "--early-stopping-patience", "1", "--max-steps", "50")
+    given = command(data, tmp_path / "second", *flags)
+    shape = ("--model-size", "--hidden-size", "--num-layers", "--num-experts")
+    given = [word for i, word in enumerate(given) if word not in shape and given[i - 1] not in shape]
+    code, text = finish(start(given))
+    assert code == 0 and "stopping early" in text, text
+    (second,) = (tmp_path / "second").glob("pragnosia_*")
+    assert max(losses(second)) == 2
