@@ -10,6 +10,7 @@ python train_ds.py --model-size 13B --dry-run                # print the resolve
 
 import json
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -120,15 +121,16 @@ def train(run: RunArguments) -> int:
     try:
         run_dir = trainer.train()
     except Interrupted as stop:
-        say(f"{stop}\nresume with: --resume {trainer.run_dir}")
+        say(f"{stop}\nresume with: --resume {shlex.quote(str(trainer.run_dir))}")
         return 128 + stop.signal_number
     shown = [example for examples in data.validation_examples.values() for example in examples[:2]]
     for sample in sample_answers(trainer.engine.module, tokenizer, shown, device=ranks.device):
         say(
             f"\n[{sample['family']}] {sample['prompt'].strip()}\n-> {sample['answer'].strip() or '(nothing)'}"
         )
-    chat = Path(__file__).parent / "launch.sh"
-    say(f"\nsaved       {run_dir / 'final_model'}\nchat with   {chat} chat --checkpoint {run_dir}")
+    launcher = Path(__file__).resolve().parent / "launch.sh"
+    chat = shlex.join([str(launcher), "chat", "--checkpoint", str(run_dir)])
+    say(f"\nsaved       {run_dir / 'final_model'}\nchat with   {chat}")
     return 0
 
 
