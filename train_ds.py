@@ -125,9 +125,8 @@ def train(run: RunArguments) -> int:
         return 128 + stop.signal_number
     shown = [example for examples in data.validation_examples.values() for example in examples[:2]]
     for sample in sample_answers(trainer.engine.module, tokenizer, shown, device=ranks.device):
-        say(
-            f"\n[{sample['family']}] {sample['prompt'].strip()}\n-> {sample['answer'].strip() or '(nothing)'}"
-        )
+        answer = "\n".join(sample["answer"].splitlines()[:8])[:400].strip()
+        say(f"\n[{sample['family']}] {sample['prompt'].strip()}\n-> {answer or '(nothing)'}")
     launcher = Path(__file__).resolve().parent / "launch.sh"
     chat = shlex.join([str(launcher), "chat", "--checkpoint", str(run_dir)])
     say(f"\nsaved       {run_dir / 'final_model'}\nchat with   {chat}")

@@ -7,7 +7,8 @@
             state/                DeepSpeed's shards: weights, optimizer
             rank-<r>.pt           random-number state
             trainer_state.json    counters, and the size of every file above
-        final_model/              as model/
+        final_model/              as model/; unverified_model/ if its logits differ when read back
+        abandoned/                what came after a checkpoint that the run went back to
 
 A checkpoint is written under a temporary name, flushed to disk and renamed; a directory with the final name is
 complete.
@@ -15,10 +16,14 @@ complete.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import glob
 import json
 import os
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +34,10 @@ if TYPE_CHECKING:
 
 STATE = "trainer_state.json"
 NAMED = ("interrupted_checkpoint", "emergency_checkpoint")
+_OWN_NAME = re.compile(
+    r"(?P<prefix>\.tmp-|\.old-)"
+    r"(?P<name>checkpoint-\d+|interrupted_checkpoint|emergency_checkpoint|final_model|universal|probe|run\.json)"
+)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -81,21 +90,61 @@ def is_full(error: BaseException) -> bool:
     return False
 
 
+def lock(run: Path) -> int:
+    """Hold a run for this process; returns the descriptor that holds it until the process ends.
+
+    Raises:
+        UserError: another process trains in this run.
+    """
+    handle = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"another process is training in {run}: stop it first, or start a new run") from None
+    return handle
+
+
 def tidy(run: Path) -> None:
-    """Remove what a killed run left half-written, and put back what it was about to replace."""
-    for leftover in run.glob(".tmp-*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    for aside in run.glob(".old-*"):
-        final = aside.with_name(aside.name.removeprefix(".old-"))
-        shutil.rmtree(aside) if final.exists() else aside.rename(final)
+    """Remove what a killed run left half-written, and put back what it was about to replace.
+
+    For the process that holds the run; touches only names that this module writes.
+    """
+    for leftover in run.iterdir():
+        half_written = _OWN_NAME.fullmatch(leftover.name)
+        if half_written is None:
+            continue
+        final = run / half_written["name"]
+        if half_written["prefix"] == ".old-" and not final.exists():
+            leftover.rename(final)
+        else:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def set_aside(run: Path, step: int) -> None:
+    """Move what a run wrote after `step` to `abandoned/`: it goes back, and must not take up that branch again."""
+    later = [path for path in checkpoints(run) if read_state(path)["step"] > step]
+    if (run / "final_model").exists():
+        later.append(run / "final_model")
+    for path in later:
+        number = 0
+        while (target := run / "abandoned" / f"{path.name}{f'.{number}' if number else ''}").exists():
+            number += 1
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest step first."""
-    found = [p.parent for p in run.glob(f"*/{STATE}") if not p.parent.name.startswith(".")]
-    return sorted(
-        found, key=lambda path: (json.loads((path / STATE).read_text())["step"], path.stat().st_mtime)
-    )
+    """Complete checkpoints of a run, oldest step first; one being replaced counts, damaged ones do not."""
+    found = []
+    for path in run.glob(f"*/{STATE}"):
+        directory, name = path.parent, path.parent.name
+        replaced = name.startswith(".old-") and not (run / name.removeprefix(".old-")).exists()
+        if name.startswith(".") and not replaced:
+            continue
+        with contextlib.suppress(UserError):
+            found.append((read_state(directory)["step"], path.stat().st_mtime, directory))
+    return [directory for _, _, directory in sorted(found)]
 
 
 def prune(run: Path, keep: int) -> None:
@@ -125,23 +174,32 @@ def resolve_checkpoint(text: str) -> Path:
         UserError: nothing there, an incomplete directory, or a file that is missing or has another size.
     """
     path = _existing(text, "--resume")
-    if not (path / STATE).exists():
-        if path.is_dir():
-            tidy(path)
-        found = checkpoints(path)
-        if not found:
-            what = "holds no complete checkpoint" if path.is_dir() else "is not a directory"
-            raise UserError(f"--resume {path} {what}: give a run, a checkpoint-<step> directory or a glob")
-        path = found[-1]
-    verify_files(path)
-    return path
+    if (path / STATE).exists():
+        verify_files(path)
+        return path
+    found = checkpoints(path)
+    for candidate in reversed(found):
+        try:
+            verify_files(candidate)
+        except UserError as error:
+            print(f"passed over: {error}", file=sys.stderr)
+        else:
+            return candidate
+    what = (
+        "is not a directory"
+        if not path.is_dir()
+        else f"holds no {'whole' if found else 'complete'} checkpoint"
+    )
+    raise UserError(f"--resume {path} {what}: give a run, a checkpoint-<step> directory or a glob")
 
 
 def read_state(checkpoint: Path) -> dict:
     """The trainer_state.json of a checkpoint."""
     try:
-        return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+        assert isinstance(state["step"], int)
+        return state
+    except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:
         raise UserError(f"{checkpoint / STATE} cannot be read ({error}): use an earlier checkpoint") from None
 
 

@@ -69,7 +69,9 @@ class MetricsLog:
         path = self.directory / "metrics.jsonl"
         if path.exists():
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            kept = path.with_name(".tmp-metrics.jsonl")
+            kept.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            kept.replace(path)
 
     def start_bar(self, done: int, total: int | None) -> None:
         """A live bar, on a terminal only."""

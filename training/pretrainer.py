@@ -140,8 +140,10 @@ class Pretrainer:
             seed=self.args.seed,
             num_workers=self.data_args.num_workers,
         )
-        self.total_steps = self._total_steps()
         self._build()
+        self.total_steps = self._total_steps()
+        if self.resume_from is not None and self.is_main:
+            disk.set_aside(self.run_dir, self.step)
         self.log = MetricsLog(
             self.run_dir, self.args.reporters, self.settings, active=self.is_main, resume_step=self.step
         )
@@ -180,21 +182,28 @@ class Pretrainer:
                 microbatches = next(batches, None)
                 waited += time.perf_counter() - asked
                 if microbatches is None:
+                    self.epoch, self.step_in_epoch = self.epoch + 1, 0
                     break
                 window.append(self._step(microbatches))
                 if self.step % self.args.logging_steps == 0 or self._done():
                     self._log(window, time.perf_counter() - window_start, waited)
                     window = []
                     window_start, waited = time.perf_counter(), 0.0
+                paused = time.perf_counter()
                 if self.step % self.args.eval_steps == 0 and self._validate():
                     self.total_steps = self.step
-                if self.args.save_strategy == "steps" and self.step % self.args.save_steps == 0:
+                if self._is_save_due():
                     self.save(f"checkpoint-{self.step}")
                 self._stop_if_asked()
-            if microbatches is None:
-                self.epoch, self.step_in_epoch = self.epoch + 1, 0
-                if self.args.save_strategy != "no" and self.last_saved != self.step:
-                    self.save(f"checkpoint-{self.step}")
+                window_start += time.perf_counter() - paused  # speeds are of steps alone
+
+    def _is_save_due(self) -> bool:
+        """At every --save-steps, at the end of an epoch and of the run; never after steps that were refused."""
+        args, per_epoch = self.args, self.loader.steps_per_epoch
+        if args.save_strategy == "no" or self.bad_steps or self.last_saved == self.step:
+            return False
+        at_interval = args.save_strategy == "steps" and self.step % args.save_steps == 0
+        return at_interval or self.step_in_epoch == per_epoch or self._done()
 
     def _step(self, microbatches: list[dict]) -> StepResult:
         factor = learning_rate_factor(
@@ -205,6 +214,7 @@ class Pretrainer:
         result = train_step(self.engine, microbatches)
         self.step += 1
         self.step_in_epoch += 1
+        self.tokens += result.num_tokens
         self.log.advance()
         # With fp16, an update refused for a finite loss is the loss scale finding its range.
         is_bad = not (result.applied or (result.finite and self.plan.precision == "fp16"))
@@ -212,7 +222,7 @@ class Pretrainer:
         if is_bad:
             self.log.say(f"step {self.step}: loss or gradient is not finite, weights not updated")
         if self.bad_steps >= self.args.max_nan_steps:
-            good = [path.name for path in disk.checkpoints(self.run_dir)]
+            good = [path.name for path in disk.checkpoints(self.run_dir)]  # none is written after bad steps
             raise UserError(
                 f"loss not finite for {self.bad_steps} steps in a row (--max-nan-steps), "
                 f"stopped at step {self.step}: lower --learning-rate or --local-learning-rate and --resume "
@@ -229,14 +239,14 @@ class Pretrainer:
             return self.args.max_steps
         if per_epoch is None:
             raise UserError("--streaming needs --max-steps: the length of a stream is not known beforehand")
-        return per_epoch * self.args.num_train_epochs
+        # From here on: a resumed run may take another number of rows a step than the one it goes on from.
+        return self.step + per_epoch * (self.args.num_train_epochs - self.epoch) - self.step_in_epoch
 
     # -- what a person sees ----------------------------------------------------------------------------------
 
     def _log(self, window: list[StepResult], seconds: float, waited: float) -> None:
         sums, load_LE = reduce_results(window)
         targets, tokens = max(1.0, sums["targets"]), max(1.0, sums["tokens"])
-        self.tokens += int(sums["tokens"])
         rows = len(window) * self.plan.ds_config["train_batch_size"]
         loss = sums["loss_sum"] / targets
         metrics = {
@@ -264,11 +274,11 @@ class Pretrainer:
             eta = f"  eta {duration(metrics['eta_seconds'])}"
         self.log.write(self.step, metrics)
         memory = metrics.get("memory/gpu_peak_gb", metrics["memory/host_gb"])
-        rates = "/".join(f"{rate:.2e}" for rate in self.learning_rates)
+        rates = "/".join(f"{rate:.1e}" for rate in self.learning_rates)
         self.log.say(
             f"step {self.step}/{self.total_steps or '?'}  loss {loss:.4f}  ppl {metrics['perplexity']:.4g}  "
             f"lr {rates}  grad {metrics.get('grad_norm', 0):.2f}  {metrics['tokens_per_second']:,.0f} tok/s  "
-            f"{memory:.2f} GB  load cv {metrics.get('router/load_cv', 0):.2f}{eta}"
+            f"{memory:.2f} GB  cv {metrics.get('router/load_cv', 0):.2f}{eta}"
         )
 
     def evaluate(self) -> dict[str, dict[str, float]]:
@@ -284,6 +294,8 @@ class Pretrainer:
 
     def _validate(self) -> bool:
         """Validate and log; True when patience has run out."""
+        if not any(len(dataset) for dataset in self.data.validation.values()):
+            return False
         results = self.evaluate()
         self.log.write(
             self.step,
@@ -309,6 +321,7 @@ class Pretrainer:
 
     def _finish(self) -> None:
         """Validate, draw the curve, export, verify."""
+        self._stop_if_asked()
         if getattr(self, "validated", (None,))[0] != self.step:
             self._validate()
         if self.is_main:
@@ -317,13 +330,21 @@ class Pretrainer:
         self._export(temporary, self.args.export_format)
         expected = probe_logits(self.engine.module, self.ranks.device)
         if self.is_main:
-            verify_export(temporary, expected, DTYPES[self.plan.precision], self._verify_device())
+            try:
+                verify_export(temporary, expected, DTYPES[self.plan.precision], self._verify_device())
+            except Exception:
+                disk.publish(temporary, self.run_dir / "unverified_model")
+                raise
             disk.publish(temporary, final)
         dist.barrier()
 
     def _verify_device(self) -> torch.device:
-        """Where the whole model fits: the GPU beside a resident model, the host for a paged one."""
-        return self.ranks.device if self.plan.placement == "resident" else torch.device("cpu")
+        """The GPU if a second model fits beside the first, else the host."""
+        if self.device_type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.ranks.device)
+            if self.config.num_params() * DTYPES[self.plan.precision].itemsize < 0.8 * free:
+                return self.ranks.device
+        return torch.device("cpu")
 
     # -- state -----------------------------------------------------------------------------------------------
 
@@ -332,6 +353,7 @@ class Pretrainer:
         ds_config, universal = self.plan.ds_config, None
         if resume is not None:
             state = disk.read_state(resume)
+            self._check_layout(resume, state)
             universal = self._universal(resume, state)
             if universal:
                 ds_config = {
@@ -351,11 +373,31 @@ class Pretrainer:
         if resume is None:
             return
         where, tag = (universal.parent, universal.name) if universal else (resume, STATE_TAG)
-        self.engine.load_checkpoint(str(where), tag=tag)
+        loaded, _ = self.engine.load_checkpoint(str(where), tag=tag)
+        if loaded is None:
+            raise UserError(f"DeepSpeed found no state in {where / tag}: use an earlier checkpoint")
         self._restore(resume, state)
         dist.barrier()
         if universal and self.is_main:
             shutil.rmtree(universal)
+
+    def _check_layout(self, resume: Path, state: dict) -> None:
+        """DeepSpeed's state can be read on other ranks, not under another placement, stage or precision."""
+        for name, value in self._layout().items():
+            if state[name] != value:
+                raise UserError(
+                    f"{resume} was trained with {name.replace('_', ' ')} {state[name]}, this run has {value}: "
+                    f"resume as it was, or start a new run from its weights with --init-from"
+                )
+
+    def _layout(self) -> dict:
+        stage = self.plan.ds_config["zero_optimization"]["stage"]
+        return {"placement": self.plan.placement, "zero_stage": stage, "precision": self.plan.precision}
+
+    def _data_identity(self) -> list:
+        """What the place in the data refers to: the rows and their order."""
+        rows = [[line["dataset"], line["rows"], line["tokens"], line["weight"]] for line in self.data.report]
+        return [rows, self.args.seed, self.data_args.max_length]
 
     def _universal(self, resume: Path, state: dict) -> Path | None:
         """DeepSpeed's layout-free form of a checkpoint, made where the number of ranks has changed."""
@@ -415,9 +457,8 @@ class Pretrainer:
             "best_loss": self.best_loss,
             "bad_validations": self.bad_validations,
             "world_size": self.ranks.world_size,
-            "placement": self.plan.placement,
-            "zero_stage": self.plan.ds_config["zero_optimization"]["stage"],
-            "data": self.data.report,
+            **self._layout(),
+            "data": self._data_identity(),
         }
 
     def _restore(self, resume: Path, state: dict) -> None:
@@ -426,14 +467,24 @@ class Pretrainer:
         # The order of rows does not depend on how they are grouped, so another batch size goes on at the same row.
         rows = state["step_in_epoch"] * state["rows_a_step"]
         self.step_in_epoch = -(-rows // self.plan.ds_config["train_batch_size"])
+        if state["data"] != self._data_identity():
+            self.step_in_epoch = 0
+            if self.is_main:
+                print("the data, --seed or --max-length has changed: the epoch starts anew", flush=True)
         self.last_saved = self.step if resume.parent == self.run_dir else -1
         own = resume / f"rank-{self.ranks.rank}.pt"
         if own.exists() and state["world_size"] == self.ranks.world_size:
             set_random_state(torch.load(own, weights_only=False))
 
     def _emergency(self, error: BaseException) -> None:
-        """Save what there is. A rank that failed alone cannot save: the others are elsewhere in the step."""
-        if isinstance(error, UserError) or self.ranks.world_size > 1 or self.step == self.last_saved:
+        """Save what there is, if it is whole.
+
+        A rank that failed alone cannot save: the others are elsewhere in the step. Neither can one that failed, or
+        was told for the second time to leave, while weights were being updated or written.
+        """
+        if isinstance(error, UserError | KeyboardInterrupt) or self.ranks.world_size > 1:
+            return
+        if self.step == self.last_saved or self.engine._running_engine_step:
             return
         try:
             self.log.say(f"{type(error).__name__}: saving an emergency checkpoint")
@@ -464,20 +515,38 @@ class Pretrainer:
             UserError: it cannot be written.
         """
         name = f"pragnosia_{self.name}_{self.config.num_experts}experts_{time.strftime('%Y%m%d-%H%M%S')}"
-        box = [str(Path(self.args.output_dir).expanduser().absolute() / name), None]
-        if self.resume_from is not None:
-            box[0] = str(self.resume_from.absolute().parent)
+        box = [None, None]
         if self.is_main:
             try:
-                Path(box[0]).mkdir(parents=True, exist_ok=self.resume_from is not None)
-                (Path(box[0]) / ".tmp-probe").write_bytes(b"\0" * 4096)
-                disk.tidy(Path(box[0]))
+                box[0] = str(self._make_run_directory(name))
             except OSError as error:
-                box[1] = f"--output-dir {box[0]}: {error.strerror}: choose a directory that can be written"
+                box[1] = (
+                    f"--output-dir {self.args.output_dir}: {error.strerror}: choose one that can be written"
+                )
+            except UserError as error:
+                box[1] = str(error)
         dist.broadcast_object_list(box)
         if box[1]:
             raise UserError(box[1])
-        return Path(box[0])
+        run = Path(box[0])
+        if self.resume_from is not None and not self.resume_from.exists():  # `tidy` gave it its name back
+            self.resume_from = run / self.resume_from.name.removeprefix(".old-")
+        return run
+
+    def _make_run_directory(self, name: str) -> Path:
+        run = Path(self.args.output_dir).expanduser().absolute() / name
+        if self.resume_from is not None:
+            run = self.resume_from.absolute().parent
+        else:
+            number = 1
+            while run.exists():  # two runs started within a second
+                number += 1
+                run = run.with_name(f"{name}-{number}")
+            run.mkdir(parents=True)
+        self.lock = disk.lock(run)
+        (run / ".tmp-probe").write_bytes(b"\0" * 4096)
+        disk.tidy(run)
+        return run
 
     def _record(self) -> dict:
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +17,13 @@ class StepResult:
     """What one step saw, on this rank until `reduce_results` sums it over ranks. Sums are fp64 on the device.
 
     finite: whether some microbatch had a finite loss. applied: whether the weights were updated; DeepSpeed
-    refuses a gradient that is not finite. grad_norm: global norm before clipping.
+    refuses a gradient that is not finite. num_tokens: real tokens of all ranks. grad_norm: global norm before
+    clipping.
     """
 
     finite: bool
     applied: bool
+    num_tokens: int
     sums: dict[str, Tensor]
     load_LE: Tensor | None
     grad_norm: float | None
@@ -67,10 +70,13 @@ def train_step(engine, microbatches: list[Batch]) -> StepResult:
         engine.backward(output.loss * dist.get_world_size(), scale_wrt_gas=False)
         if is_last:
             grad_norm = unclipped_norm(engine)
+            if grad_norm is not None and not math.isfinite(grad_norm):
+                engine.zero_grad()
+                return StepResult(True, False, num_tokens, sums, load_LE, grad_norm)
         engine.step()
     if started and engine.get_global_grad_norm() is not None:
         grad_norm = float(engine.get_global_grad_norm())
-    return StepResult(started, started and engine.was_step_applied(), sums, load_LE, grad_norm)
+    return StepResult(started, started and engine.was_step_applied(), num_tokens, sums, load_LE, grad_norm)
 
 
 def count_targets(batch: Batch) -> int:
@@ -97,7 +103,10 @@ def finite_everywhere(loss: Tensor) -> bool:
 
 
 def unclipped_norm(engine) -> float | None:
-    """The gradient norm where DeepSpeed computes none: plain fp32 without ZeRO, gradients already reduced."""
+    """The gradient norm where DeepSpeed neither computes nor checks it: plain fp32 without ZeRO.
+
+    Gradients are reduced by then, so all ranks find the same.
+    """
     if engine.zero_optimization() or engine.bfloat16_enabled() or engine.fp16_enabled():
         return None
     return float(

@@ -5,11 +5,13 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
-from tests.training.runs import command, finish, losses, run, start, weights, write_rows
+from tests.training.runs import REPOSITORY, command, finish, losses, run, start, weights, write_rows
 
 STEPS = ("--max-steps", "8", "--save-steps", "3")
 
@@ -44,7 +46,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(data, uninterrupted, tmp_path)
     whole, _ = uninterrupted
     copy = tmp_path / "copy"
     shutil.copytree(whole, copy)
-    for name in ("final_model", "checkpoint-6"):
+    for name in ("final_model", "checkpoint-6", "checkpoint-8"):
         shutil.rmtree(copy / name)
     code, text = finish(start(command(data, tmp_path, *STEPS, "--resume", str(copy))))
     assert code == 0, text
@@ -119,7 +121,7 @@ def test_resume_on_another_number_of_ranks(data, tmp_path, before, after, json_n
 
     whole, _ = run(data, tmp_path / "whole", *flags, *batch(before), world_size=before)
     part, _ = run(data, tmp_path / "part", *flags, *batch(before), world_size=before)
-    for done in ("final_model", "checkpoint-6"):
+    for done in ("final_model", "checkpoint-6", "checkpoint-8"):
         shutil.rmtree(part / done)
     run(data, tmp_path / "part", *flags, *batch(after), "--resume", str(part), world_size=after)
     assert losses(part).keys() == losses(whole).keys()
@@ -273,3 +275,80 @@ def test_reporters_streaming_export_and_a_run_that_starts_from_it(data, tmp_path
     assert code == 0 and "stopping early" in text, text
     (second,) = (tmp_path / "second").glob("pragnosia_*")
     assert max(losses(second)) == 2
+
+
+def test_going_back_keeps_the_new_branch(data, uninterrupted, tmp_path):
+    """Resuming an older checkpoint sets later ones aside: pruning and --resume follow the new branch."""
+    whole, _ = uninterrupted
+    copy = tmp_path / "run"
+    shutil.copytree(whole, copy)
+    flags = ("--max-steps", "5", "--save-steps", "1", "--keep-checkpoints", "2")
+    code, text = finish(start(command(data, tmp_path, *flags, "--resume", str(copy / "checkpoint-3"))))
+    assert code == 0, text
+    assert {path.name for path in copy.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-5"}
+    assert {"checkpoint-6", "checkpoint-8", "final_model"} <= {p.name for p in (copy / "abandoned").iterdir()}
+    assert max(losses(copy)) == 5 and (copy / "final_model").exists()
+
+
+def test_epochs_are_finished_with_another_batch_size(data, tmp_path):
+    """Half an epoch at 2 rows a step, the rest at 4: every row is seen once, and the run ends with its epoch."""
+    whole, _ = run(data, tmp_path / "out", "--epochs", "1", "--save-steps", "4", "--keep-checkpoints", "50")
+    steps = max(losses(whole))
+    shutil.rmtree(whole / f"checkpoint-{steps}")
+    resume = ("--resume", str(whole / "checkpoint-4"))
+    run(data, tmp_path / "out", "--epochs", "1", *resume, "--batch-size", "4")
+    assert max(losses(whole)) == 4 + -(-(steps - 4) // 2)
+    tokens = [json.loads(line).get("tokens") for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    report = json.loads((whole / "run.json").read_text())["data"]
+    assert max(filter(None, tokens)) == sum(line["tokens"] for line in report)
+
+
+def test_another_layout_is_refused(data, uninterrupted, tmp_path):
+    whole, _ = uninterrupted
+    line = bad(data, tmp_path, "--resume", str(whole), "--placement", "zero3")
+    assert "placement resident" in line and "zero3" in line and "--init-from" in line
+
+
+def test_a_gradient_that_is_not_finite_is_refused_and_an_exception_saves(data, tmp_path):
+    """In the trainer itself: a NaN gradient at step 2 changes nothing, an exception at step 4 leaves step 3."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import sys, torch
+sys.path.insert(0, {str(REPOSITORY)!r})
+from model.presets import preset_config
+from training import DataArguments, Pretrainer, TrainingArguments
+import training.pretrainer as pretrainer
+
+rows = [{{"question": f"{{n}} + 1?", "answer": str(n + 1)}} for n in range(40)]
+args = TrainingArguments(output_dir={str(tmp_path / "out")!r}, max_steps=6, per_device_train_batch_size=1,
+                         device="cpu", report_to="none", logging_steps=1)
+config = preset_config("tiny", hidden_size=32, moe_intermediate_size=16, num_hidden_layers=1)
+trainer = Pretrainer(config, args, rows, data_args=DataArguments(max_length=32, num_workers=0))
+real = pretrainer.train_step
+
+def step(engine, batches):
+    if trainer.step == 3:
+        raise RuntimeError("a broken machine")
+    before = engine.module.model.norm.weight.detach().clone()
+    handle = None
+    if trainer.step == 1:
+        handle = engine.module.model.norm.weight.register_hook(lambda grad: grad * float("nan"))
+    result = real(engine, batches)
+    if handle:
+        handle.remove()
+        assert not result.applied and torch.equal(before, engine.module.model.norm.weight)
+    else:
+        assert result.applied and not torch.equal(before, engine.module.model.norm.weight)
+    return result
+
+pretrainer.train_step = step
+trainer.train()
+""")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert "a broken machine" in done.stderr and done.returncode == 1, done.stderr
+    (directory,) = (tmp_path / "out").glob("pragnosia_*")
+    state = json.loads((directory / "emergency_checkpoint" / "trainer_state.json").read_text())
+    assert state["step"] == 3
