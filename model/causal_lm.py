@@ -150,7 +150,8 @@ class PragnosiaForCausalLM(PragnosiaPreTrainedModel, GenerationMixin):
             num_targets, num_tokens: how many targets and real tokens the optimizer step has over all its
                 microbatches and ranks; default this batch's own. The objective is
                     Σ cross entropy / num_targets + Σ_tokens (aux · balance + z · z_loss) / num_tokens / layers,
-                a plain sum over the step's tokens, so its gradient does not depend on how they were split.
+                a plain sum over the step's tokens, so its gradient does not depend on how they were split, but
+                for the balance loss, whose shares are those of a microbatch on its rank.
             logits_to_keep: compute only this many last positions' logits; 0 = all.
         """
         # `generate` and callers that hold a cache want it extended; training never does.
