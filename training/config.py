@@ -390,11 +390,11 @@ def _recorded_settings(resume: str) -> dict[str, Any]:
     """Field name -> value from the run.json of the run that `--resume` names."""
     from training.checkpoint import resolve_checkpoint
 
-    record = resolve_checkpoint(resume).parent / "run.json"
     try:
+        record = resolve_checkpoint(resume).parent / "run.json"
         groups = json.loads(record.read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError):
-        return {}  # a checkpoint moved out of its run: flags alone decide
+        return {}  # a checkpoint moved out of its run, or none, which whoever resumes it will say
     names = {field.name for settings in SETTINGS for field in dataclasses.fields(settings)} - {"resume"}
     return {name: value for group in groups.values() for name, value in group.items() if name in names}
 

@@ -157,7 +157,9 @@ def test_save_is_a_dataset(terminal, tmp_path) -> None:
 
 
 def test_ctrl_c_at_the_prompt_gives_a_hint(terminal) -> None:
-    terminal.process.send("half a li" + CTRL_C)
+    terminal.process.send("half a li")
+    terminal.process.expect_exact("half a li")  # the line editor is reading
+    terminal.process.send(CTRL_C)
     terminal.process.expect_exact("(Ctrl-D or /exit leaves)")
     terminal.process.expect_exact(YOU)
     assert terminal.say("hello").strip()

@@ -63,9 +63,10 @@ def test_killed_ten_times_during_saves_still_reaches_the_same_weights(data, unin
     generator = random.Random(0)
     resume, kills = (), 0
     for _ in range(40):
+        leftovers = list(output.glob("pragnosia_*/.tmp-checkpoint-*"))
         (process,) = start(command(data, output, *flags, *resume))
         if kills < 10:
-            _wait_for_save(process, output)
+            _wait_for_save(process, output, leftovers)
             time.sleep(generator.uniform(0, 0.15))
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
@@ -85,9 +86,14 @@ def test_killed_ten_times_during_saves_still_reaches_the_same_weights(data, unin
     assert weights(directory / "final_model") == weights(whole / "final_model")
 
 
-def _wait_for_save(process, output):
-    while process.poll() is None and not list(output.glob("pragnosia_*/.tmp-checkpoint-*")):
-        time.sleep(0.005)
+def _wait_for_save(process, output, leftovers):
+    """Until this process, and not the killed one before it, writes a checkpoint."""
+    for condition in (
+        lambda: not any(path.exists() for path in leftovers),
+        lambda: list(output.glob("pragnosia_*/.tmp-checkpoint-*")),
+    ):
+        while process.poll() is None and not condition():
+            time.sleep(0.002)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
