@@ -96,6 +96,11 @@ if [[ "$venv" == *[!A-Za-z0-9/._+@%=:,-]* ]]; then
     python="$venv/bin/python"
 fi
 export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH" # DeepSpeed calls ninja by name
+# Compiled ops belong to one environment: two that share a folder rebuild them under each other's feet.
+cache=~
+cache="${XDG_CACHE_HOME:-$cache/.cache}/pragnosia"
+TORCH_EXTENSIONS_DIR="$cache/ops-$(cksum <<<"$venv" | cut -d ' ' -f 1)"
+export TORCH_EXTENSIONS_DIR
 
 if [[ "$verb" == train && $# == 0 ]]; then
     set -- --config "$root/examples/quickstart.yaml"
