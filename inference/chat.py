@@ -194,6 +194,7 @@ def ctrl_c_noted() -> Iterator[Callable[[], bool]]:
 
 def talk_on_terminal(chat: Chat) -> None:
     """Prompt, stream, repeat. Ctrl-C stops an answer, at the prompt it prints a hint; Ctrl-D leaves."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent may have left it ignored
     print(f"{chat.engine.description}\n/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.")
     while True:
         try:
