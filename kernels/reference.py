@@ -4,7 +4,6 @@ A token's K choices are K *routed rows*. Rows are sorted by expert, and by token
 expert sees one contiguous slice.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-@dataclass
-class Routing:
+class Routing(NamedTuple):
     """Which experts each token goes to, and the permutation that groups rows by expert.
 
     ids_TK (int64): chosen experts, best first. weights_TK: their weights, with gradient.

@@ -10,7 +10,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import ModelOutput
 
 from experts.page import ExpertPage
-from kernels.reference import RouterStatistics
+from kernels.reference import RouterStatistics, Routing
 from model.attention import Attention, RMSNorm, rotary
 from model.config import PragnosiaConfig
 from model.head import LanguageModelHead
@@ -55,11 +55,45 @@ class DecoderLayer(nn.Module):
         mask: Tensor | None,
         valid_T: Tensor | None,
         cache,
+        checkpointing: bool = False,
+    ) -> tuple[Tensor, RouterStatistics]:
+        """The layer's output and its router's statistics.
+
+        With `checkpointing` each half keeps its input alone (2 D values a token in all) and is recomputed in
+        backward. A bank that recomputes by itself is left alone: its weights would travel once more.
+        """
+        run = recomputed if checkpointing else call
+        hidden_BSD, hidden_TD, *rest = run(self.attend_and_route, hidden_BSD, rotary_BSC, mask, valid_T, cache)
+        routing, statistics = rest[: len(Routing._fields)], rest[len(Routing._fields) :]
+        run = call if getattr(self.mlp.experts, "recomputes", False) else run
+        expert_TD = run(self.mlp, hidden_TD, *routing)
+        return hidden_BSD + expert_TD.view_as(hidden_BSD), RouterStatistics(*statistics)
+
+    def attend_and_route(
+        self, hidden_BSD: Tensor, rotary_BSC: tuple[Tensor, Tensor], mask, valid_T, cache
     ) -> tuple[Tensor, ...]:
-        """The layer's output and, flat as activation checkpointing wants them, its router statistics."""
+        """The residual stream after attention, the bank's input [T, D], routing and statistics, all flat.
+
+        Statistics are outputs, not side effects: a recompute does not count them again.
+        """
         hidden_BSD = hidden_BSD + self.self_attn(self.input_layernorm(hidden_BSD), rotary_BSC, mask, cache)
-        expert_BSD, statistics = self.mlp(self.post_attention_layernorm(hidden_BSD), valid_T)
-        return hidden_BSD + expert_BSD, *statistics
+        hidden_TD = self.post_attention_layernorm(hidden_BSD).flatten(0, 1)
+        routing, statistics = self.mlp.gate(hidden_TD, valid_T)
+        return hidden_BSD, hidden_TD, *routing, *statistics
+
+
+def call(function, *inputs):
+    """function(*inputs)."""
+    return function(*inputs)
+
+
+def recomputed(function, *inputs):
+    """function(*inputs), keeping only its inputs for backward.
+
+    Reentrant, because ZeRO-3 releases a weight after the recomputed forward and fetches it again only for a
+    backward through a graph that the recompute has built.
+    """
+    return checkpoint(function, *inputs, use_reentrant=True, preserve_rng_state=False)
 
 
 class PragnosiaPreTrainedModel(PreTrainedModel):
@@ -100,17 +134,10 @@ class PragnosiaModel(PragnosiaPreTrainedModel):
         hidden_BSD = self.embed_tokens(input_ids)
         rotary_BSC = rotary(position_ids, self.config.head_dim, self.config.rope_theta, hidden_BSD.dtype)
         statistics = []
+        checkpointing = self.gradient_checkpointing and self.training
         for layer in self.layers:
-            inputs = (hidden_BSD, rotary_BSC, mask, valid_T, cache)
-            if self.gradient_checkpointing and self.training:
-                # Statistics are outputs of the layer, not side effects: a recompute does not count them again.
-                # Reentrant, because ZeRO-3 releases a weight after the recomputed forward and fetches it again
-                # only for a backward through a graph that the recompute has built.
-                outputs = checkpoint(layer, *inputs, use_reentrant=True, preserve_rng_state=False)
-            else:
-                outputs = layer(*inputs)
-            hidden_BSD = outputs[0]
-            statistics.append(RouterStatistics(*outputs[1:]))
+            hidden_BSD, layer_statistics = layer(hidden_BSD, rotary_BSC, mask, valid_T, cache, checkpointing)
+            statistics.append(layer_statistics)
         return self.norm(hidden_BSD), statistics
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experts.resident import ResidentBank
-from kernels.reference import RouterStatistics, Routing, swiglu
+from kernels.reference import Routing, swiglu
 from model.config import PragnosiaConfig
 from model.router import Router
 
@@ -15,17 +15,19 @@ BuildBank = Callable[[PragnosiaConfig], nn.Module]
 
 
 class MoEBlock(nn.Module):
-    """Routes tokens to the bank; does not know where the bank's weights live (see `experts/`)."""
+    """A router, and the bank it routes to; knows not where the bank's weights live (see `experts/`).
+
+    The two are called apart, because activation checkpointing treats them apart (see `DecoderLayer`).
+    """
 
     def __init__(self, config: PragnosiaConfig, build_bank: BuildBank = ResidentBank):
         super().__init__()
         self.gate = Router(config)
         self.experts = build_bank(config)
 
-    def forward(self, hidden_BSD: Tensor, valid_T: Tensor | None) -> tuple[Tensor, RouterStatistics]:
-        hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
-        routing, statistics = self.gate(hidden_TD, valid_T)
-        return self.experts(hidden_TD, routing).view_as(hidden_BSD), statistics
+    def forward(self, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
+        """The experts' outputs, weighted and summed; the routing comes flat."""
+        return self.experts(hidden_TD, Routing(*routing))
 
 
 def moe_loop(

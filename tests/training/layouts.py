@@ -179,9 +179,8 @@ def force_router(model, experts: list[int]) -> None:
         routing, statistics = output
         ids = torch.tensor(experts).expand_as(routing.ids_TK).contiguous()
         flat = ids.reshape(-1)
-        routing.ids_TK, routing.counts_E = ids, torch.bincount(flat, minlength=routing.counts_E.numel())
-        routing.order_N = flat.argsort(stable=True)
-        return routing, statistics
+        counts = torch.bincount(flat, minlength=routing.counts_E.numel())
+        return routing._replace(ids_TK=ids, counts_E=counts, order_N=flat.argsort(stable=True)), statistics
 
     for layer in model.model.layers:
         layer.mlp.gate.register_forward_hook(push)
