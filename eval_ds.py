@@ -5,7 +5,8 @@
     python eval_ds.py --checkpoint my_model --dataset code --execute-code --output-file results.json
     deepspeed --num_gpus 4 eval_ds.py --checkpoint my_model       # each rank evaluates its share
 
-Per family and overall: loss, perplexity, bits per byte. Answers that can be checked are generated greedily,
+Per family and overall: loss, perplexity, bits per byte; for a model with step routing also the loss with the
+pools that training would choose, and the gap. Answers that can be checked are generated greedily,
 up to 200 of a family (or --max-samples): exact match where there is one right result, and with --execute-code
 the share of generated programs that pass their unit tests. Files are evaluated whole, named datasets on the
 part that training holds out.
@@ -27,7 +28,10 @@ from inference.evaluation import (
 from inference.generation import context_length
 from training.config import DataArguments, UserError, run_script
 
-COLUMNS = ("loss", "perplexity", "bits_per_byte", "tokens", "samples", "exact_match", "pass_rate", "answers")
+COLUMNS = (
+    "loss", "training_choice_loss", "choice_gap", "perplexity", "bits_per_byte", "tokens", "samples",
+    "exact_match", "pass_rate", "answers",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = choose_dtype(source.precision, device)
 
     from data.loader import prepare
-    from training.engine import start_ranks
+    from training.engine import leave_ranks, start_ranks
 
     ranks = start_ranks("cpu" if device == "cpu" else "cuda")
     model, tokenizer = load_model(path, ranks.device, dtype)
@@ -83,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for family, score in answer_scores(records).items():
         families[family].update(score)
 
+    leave_ranks()
     if ranks.rank > 0:
         return
     for family in data.validation:

@@ -97,7 +97,7 @@ def train(run: RunArguments) -> int:
     from data.loader import prepare
     from inference.generation import sample_answers
     from model.presets import size_of
-    from training.engine import start_ranks
+    from training.engine import leave_ranks, start_ranks
     from training.plan import resolve_device
     from training.pretrainer import Interrupted, Pretrainer
 
@@ -130,6 +130,7 @@ def train(run: RunArguments) -> int:
     launcher = Path(__file__).resolve().parent / "launch.sh"
     chat = shlex.join([str(launcher), "chat", "--checkpoint", str(run_dir)])
     say(f"\nsaved       {run_dir / 'final_model'}\nchat with   {chat}")
+    leave_ranks()
     return 0
 
 

@@ -7,25 +7,27 @@ import platform
 import subprocess
 import sys
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
+
+from model.presets import PRESETS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DIRECTORY = REPOSITORY / "benchmarks" / "results"
+GPU_GOALS_GB = {"350M": 0.4, "1B": 0.5, "3B": 0.7, "7B": 1.0, "13B": 1.5}
 
 
 def machine(device: str | None) -> dict:
     """Name of the GPU, or of the processor where `device` is cpu or there is no GPU, and versions."""
-    import deepspeed
     import torch
-    import transformers
 
     on_gpu = device != "cpu" and torch.cuda.is_available()
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "deepspeed": deepspeed.__version__,
-        "transformers": transformers.__version__,
+        "deepspeed": version("deepspeed"),
+        "transformers": version("transformers"),
     }
     return {"gpu": torch.cuda.get_device_name() if on_gpu else processor(), "versions": versions}
 
@@ -52,23 +54,73 @@ def goal(name: str, target: float, measured: float, *, at_least: bool) -> dict:
     return {"name": name, "target": target, "measured": measured, "met": met}
 
 
-def report(path: Path, rows: list[dict], goals: list[dict], device: str | None) -> None:
-    """Print the table and write it as JSON to `path`."""
-    header = {
+def gpu_goals(rows: list[dict]) -> list[dict]:
+    """For each preset with its own number of experts, its best offloaded row of one row of 512 tokens."""
+    judged = []
+    for preset, target in GPU_GOALS_GB.items():
+        wanted = {
+            "model_size": preset,
+            "batch_size": 1,
+            "max_length": 512,
+            "experts": PRESETS[preset].num_experts,
+        }
+        peaks = [
+            row["gpu_allocated_gb"]
+            for row in rows
+            if row.get("placement") in ("streamed", "zero3")
+            and "gpu_allocated_gb" in row
+            and wanted.items() <= row.items()
+        ]
+        if peaks:
+            name = f"GB of GPU memory, {preset} offloaded, 1 x 512 tokens"
+            judged.append(goal(name, target, min(peaks), at_least=False))
+    return judged
+
+
+def write(path: Path, rows: list[dict], goals: list[dict], device: str | None) -> dict:
+    """Write rows and goals as JSON to `path`, with what they were measured on; returns all of it."""
+    result = {
         "command": " ".join(["python", *sys.argv]),
         **machine(device),
         "commit": commit(),
         "date": date.today().isoformat(),
+        "rows": rows,
+        "goals": goals,
     }
-    print(f"\n{header['gpu']}; " + ", ".join(f"{k} {v}" for k, v in header["versions"].items() if v))
-    print(f"{header['command']}\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")  # whoever ends the benchmark now finds the result before
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(path)
+    return result
+
+
+def report(path: Path, rows: list[dict], goals: list[dict], device: str | None) -> None:
+    """Write the result to `path` and print it as a table."""
+    result = write(path, rows, goals, device)
+    print(f"\n{result['gpu']}; " + ", ".join(f"{k} {v}" for k, v in result["versions"].items() if v))
+    print(f"{result['command']}\n")
     print(table(rows))
     for item in goals:
         verdict = "met" if item["met"] else "MISSED"
         print(f"goal {item['name']}: target {item['target']:g}, measured {item['measured']:.4g}: {verdict}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**header, "rows": rows, "goals": goals}, indent=1) + "\n")
     print(f"\nwritten {path}")
+
+
+def measured_before(path: Path, device: str | None) -> list[dict]:
+    """The rows without an error that `path` holds, for a benchmark that goes on where it was ended.
+
+    Raises:
+        SystemExit: they come from another machine or other versions, and cannot be compared.
+    """
+    if not path.exists():
+        return []
+    result = json.loads(path.read_text())
+    now = machine(device)
+    if any(result[key] != now[key] for key in now):
+        raise SystemExit(
+            f"{path} was measured on another machine or with other versions: start anew without --keep"
+        )
+    return [row for row in result["rows"] if "error" not in row]
 
 
 def table(rows: list[dict]) -> str:

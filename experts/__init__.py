@@ -2,6 +2,7 @@
 
     resident   the whole bank in device memory (`resident.py`)
     zero3      pages of ordinary parameters under DeepSpeed ZeRO-3 with offload (`zero3.py`)
+    streamed   host memory that DeepSpeed does not know of, passed through GPU slots page by page (`streamed.py`)
 
 A placement changes names and shapes of parameters but not the model: `canonical` maps each parameter to the
 name it has in an exported checkpoint and, for a page, the first expert it holds.
@@ -9,22 +10,7 @@ name it has in an exported checkpoint and, for a page, the first expert it holds
 
 import re
 
-PLACEMENTS = ("resident", "zero3")
 _PAGE = re.compile(r"^(.*\.experts)\.pages\.(\d+)\.(\w+)$")
-
-
-def bank_builder(placement: str, page_size: int | None = None):
-    """The constructor of a placement's bank, to hand to `PragnosiaForCausalLM(config, build_bank)`."""
-    from functools import partial
-
-    from experts.resident import ResidentBank
-    from experts.zero3 import Zero3Bank
-
-    if placement == "zero3":
-        assert page_size is not None
-        return partial(Zero3Bank, page_size=page_size)
-    assert placement == "resident", placement
-    return ResidentBank
 
 
 def canonical(name: str, shape: tuple[int, ...]) -> tuple[str, int | None]:

@@ -1,5 +1,7 @@
 """A page: R experts stored together, the unit that is fetched, computed and released."""
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,32 +20,59 @@ class ExpertPage(nn.Module):
 
     def forward(self, rows_ND: Tensor, counts_R: Tensor) -> Tensor:
         """rows_ND, sorted by expert, through their experts; counts_R (int64) rows each."""
-        return swiglu_experts(rows_ND, counts_R, self.gate_proj, self.up_proj, self.down_proj)
+        return swiglu_experts(rows_ND, Groups(counts_R), self.gate_proj, self.up_proj, self.down_proj)
+
+
+class Groups:
+    """How many consecutive rows each expert of a page has, where it is asked for: on the host or on the device.
+
+    Each form is found from the other once; whoever has both gives both, and spares a wait for the device.
+    """
+
+    def __init__(self, counts_R: Tensor, ends_R: Tensor | None = None):
+        self.counts_R = counts_R
+        if ends_R is not None:
+            self.ends_R = ends_R
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Rows of each expert."""
+        return self.counts_R.tolist()
+
+    @cached_property
+    def ends_R(self) -> Tensor:
+        """int32, where each expert's rows end."""
+        return self.counts_R.cumsum(0).to(torch.int32)
 
 
 def swiglu_experts(
-    rows_ND: Tensor, counts_R: Tensor, gate_RFD: Tensor, up_RFD: Tensor, down_RDF: Tensor
+    rows_ND: Tensor, groups: Groups, gate_RFD: Tensor, up_RFD: Tensor, down_RDF: Tensor
 ) -> Tensor:
     """down(silu(gate(x)) · up(x)) of each row's expert; rows sorted by expert."""
-    gate_NF = grouped_linear(rows_ND, gate_RFD, counts_R)
-    up_NF = grouped_linear(rows_ND, up_RFD, counts_R)
-    return grouped_linear(swiglu(gate_NF, up_NF), down_RDF, counts_R)
+    gate_NF = grouped_matmul(rows_ND, gate_RFD.transpose(1, 2), groups)
+    up_NF = grouped_matmul(rows_ND, up_RFD.transpose(1, 2), groups)
+    return grouped_matmul(swiglu(gate_NF, up_NF), down_RDF.transpose(1, 2), groups)
 
 
-def grouped_linear(rows_NI: Tensor, weight_ROI: Tensor, counts_R: Tensor) -> Tensor:
-    """Each expert's slice of rows times its own weight, transposed: [N, I] × [R, O, I] → [N, O].
+def grouped_matmul(rows_NI: Tensor, weight_RIO: Tensor, groups: Groups) -> Tensor:
+    """Each expert's slice of rows times its own weight: [N, I] × [R, I, O] → [N, O].
 
     One grouped GEMM where the library has a fast one (bf16 on sm90 and later), else a product an expert. Experts
     without rows take part with an empty product, so that every weight gets a gradient on every rank: ranks that
     skip a parameter would leave the others waiting in its reduction.
     """
     if rows_NI.shape[0] and has_grouped_gemm(rows_NI):
-        offsets_R = counts_R.cumsum(0).to(torch.int32)
-        return F.grouped_mm(rows_NI, weight_ROI.transpose(1, 2), offs=offsets_R)
-    slices = rows_NI.split(counts_R.tolist())
-    return torch.cat(
-        [F.linear(slice_NI, weight) for slice_NI, weight in zip(slices, weight_ROI, strict=True)]
-    )
+        return F.grouped_mm(rows_NI, weight_RIO, offs=groups.ends_R)
+    slices = rows_NI.split(groups.sizes)
+    return torch.cat([slice_NI @ weight for slice_NI, weight in zip(slices, weight_RIO, strict=True)])
+
+
+def grouped_outer(grads_NO: Tensor, rows_NI: Tensor, groups: Groups) -> Tensor:
+    """The weight gradient of each expert: Σ over its rows of grad ⊗ row, [N, O] and [N, I] → [R, O, I]."""
+    if rows_NI.shape[0] and has_grouped_gemm(rows_NI):
+        return F.grouped_mm(grads_NO.t(), rows_NI, offs=groups.ends_R)
+    pairs = zip(grads_NO.split(groups.sizes), rows_NI.split(groups.sizes), strict=True)
+    return torch.stack([grads.t() @ rows for grads, rows in pairs])
 
 
 def has_grouped_gemm(rows: Tensor) -> bool:

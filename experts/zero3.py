@@ -12,7 +12,7 @@ backward, and memory would grow with the experts there are. `PageFunction` keeps
 import torch
 from torch import Tensor, nn
 
-from experts.page import ExpertPage, swiglu_experts
+from experts.page import ExpertPage, Groups, swiglu_experts
 from kernels.reference import Routing, combine, permute
 
 
@@ -23,14 +23,14 @@ class PageFunction(torch.autograd.Function):
     def forward(ctx, page: ExpertPage, rows_ND: Tensor, counts_R: Tensor, *weights: Tensor) -> Tensor:
         ctx.page = page
         ctx.save_for_backward(rows_ND, counts_R)
-        return swiglu_experts(rows_ND, counts_R, *weights)
+        return swiglu_experts(rows_ND, Groups(counts_R), *weights)
 
     @staticmethod
     def backward(ctx, grad_ND: Tensor):
         rows_ND, counts_R = ctx.saved_tensors
         with torch.enable_grad():
             inputs = [tensor.detach().requires_grad_() for tensor in (rows_ND, *ctx.page.parameters())]
-            output_ND = swiglu_experts(inputs[0], counts_R, *inputs[1:])
+            output_ND = swiglu_experts(inputs[0], Groups(counts_R), *inputs[1:])
         grad_rows_ND, *grad_weights = torch.autograd.grad(output_ND, inputs, grad_ND)
         return None, grad_rows_ND, None, *grad_weights
 

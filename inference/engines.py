@@ -286,6 +286,7 @@ def _zero_inference(path: Path, config: PragnosiaConfig, device: str, dtype: tor
     import torch
 
     from experts import default_page_size
+    from experts.placement import ordinary_placement
     from training.engine import build_model, start_ranks
     from training.weights import directory_weights
 
@@ -307,8 +308,7 @@ def _zero_inference(path: Path, config: PragnosiaConfig, device: str, dtype: tor
         config,
         directory_weights(path),
         ds_config,
-        placement="zero3",
-        page_size=default_page_size(config.num_experts),
+        placement=ordinary_placement("zero3", default_page_size(config.num_experts)),
         device=torch.device(device),
         dtype=dtype,
     )

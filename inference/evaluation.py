@@ -46,14 +46,41 @@ def evaluate_loss(
     target text, which compares across tokenizers. tokens: targets. samples: examples. Each rank computes its
     share; all ranks make equally many forward passes (ZeRO-3 needs that) and return the same numbers. Without
     any targets the losses are nan.
+
+    With step routing also "training_choice_loss", with the pools that training would choose, and "choice_gap",
+    by how much "loss", with causal pools, lies above it. It takes a second pass, and depends as training does on
+    the rows that come together: on the batch size and the number of ranks.
     """
+    from model.step_routing import step_routers, training_choice
+
+    was_training = model.training
+    model.eval()
+    share = {"batch_size": batch_size, "rank": rank, "world_size": world_size, "device": device}
+    rows = _loss_rows(model, datasets, **share)
+    if step_routers(model):
+        with training_choice(model):
+            chosen = _loss_rows(model, datasets, **share)
+        for family, row in rows.items():
+            row["training_choice_loss"] = chosen[family]["loss"]
+            row["choice_gap"] = row["loss"] - row["training_choice_loss"]
+    model.train(was_training)
+    return rows
+
+
+def _loss_rows(
+    model: object,
+    datasets: Mapping[str, object],
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    device: str | torch.device,
+) -> dict[str, dict[str, float]]:
     import torch
     import torch.distributed as dist
 
     from data.loader import eval_batches
 
-    was_training = model.training
-    model.eval()
     sums: dict[str, tuple[float, int, int, int]] = {}
     for family, dataset in datasets.items():
         total = torch.zeros(2, dtype=torch.float64, device=device)  # summed cross entropy, number of targets
@@ -67,7 +94,6 @@ def evaluate_loss(
         loss_sum, targets = total.tolist()
         assert targets == dataset.num_targets, (family, targets, dataset.num_targets)
         sums[family] = (loss_sum, dataset.num_targets, dataset.target_bytes, dataset.num_examples)
-    model.train(was_training)
     overall = tuple(sum(column) for column in zip((0.0, 0, 0, 0), *sums.values(), strict=True))
     return {name: _loss_row(*row) for name, row in {**sums, "overall": overall}.items()}
 

@@ -4,6 +4,7 @@ A token's K choices are K *routed rows*. Rows are sorted by expert, and by token
 expert sees one contiguous slice.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -39,16 +40,25 @@ class RouterStatistics(NamedTuple):
 
 
 def route(
-    logits_TE: Tensor, num_active: int, renormalise: bool = True, valid_T: Tensor | None = None
+    logits_TE: Tensor,
+    num_active: int,
+    renormalise: bool = True,
+    valid_T: Tensor | None = None,
+    allowed: Tensor | None = None,
 ) -> tuple[Routing, RouterStatistics]:
-    """Softmax in fp32, top-k, renormalise; the losses' sums over `valid_T` (bool, None = all tokens)."""
+    """Softmax in fp32, top-k, renormalise; the losses' sums over `valid_T` (bool, None = all tokens).
+
+    `allowed` ([E] or [T, E] bool, at least K a token; None = all) limits the top-k; the statistics stay those
+    of the softmax over all E. Renormalised weights are the softmax of the chosen logits: the same, and right
+    even where the probabilities of all allowed experts are 0 in fp32.
+    """
     num_experts = logits_TE.shape[1]
     logits_TE = logits_TE.float()
     lse_T = logits_TE.logsumexp(-1)
     probs_TE = (logits_TE - lse_T[:, None]).exp()
-    weights_TK, ids_TK = probs_TE.topk(num_active, dim=-1)
-    if renormalise:
-        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+    candidates_TE = logits_TE if allowed is None else logits_TE.masked_fill(~allowed, -math.inf)
+    chosen_TK, ids_TK = candidates_TE.topk(num_active, dim=-1)
+    weights_TK = chosen_TK.softmax(-1) if renormalise else (chosen_TK - lse_T[:, None]).exp()
 
     flat_N = ids_TK.reshape(-1)
     routing = Routing(

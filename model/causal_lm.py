@@ -16,6 +16,7 @@ from model.config import PragnosiaConfig
 from model.head import LanguageModelHead
 from model.moe import BuildBank, MoEBlock, ResidentBank
 from model.router import Router
+from model.step_routing import PoolChoice, hold_sums
 
 
 @dataclass
@@ -63,14 +64,17 @@ class DecoderLayer(nn.Module):
         backward. A bank that recomputes by itself is left alone: its weights would travel once more.
         """
         run = recomputed if checkpointing else call
-        hidden_BSD, hidden_TD, *rest = run(self.attend_and_route, hidden_BSD, rotary_BSC, mask, valid_T, cache)
+        choice = PoolChoice(hidden_BSD.shape[0], mask, cache, self.self_attn.layer_idx)
+        hidden_BSD, hidden_TD, *rest = run(
+            self.attend_and_route, hidden_BSD, rotary_BSC, mask, valid_T, cache, choice
+        )
         routing, statistics = rest[: len(Routing._fields)], rest[len(Routing._fields) :]
         run = call if getattr(self.mlp.experts, "recomputes", False) else run
         expert_TD = run(self.mlp, hidden_TD, *routing)
         return hidden_BSD + expert_TD.view_as(hidden_BSD), RouterStatistics(*statistics)
 
     def attend_and_route(
-        self, hidden_BSD: Tensor, rotary_BSC: tuple[Tensor, Tensor], mask, valid_T, cache
+        self, hidden_BSD: Tensor, rotary_BSC: tuple[Tensor, Tensor], mask, valid_T, cache, choice: PoolChoice
     ) -> tuple[Tensor, ...]:
         """The residual stream after attention, the bank's input [T, D], routing and statistics, all flat.
 
@@ -78,7 +82,7 @@ class DecoderLayer(nn.Module):
         """
         hidden_BSD = hidden_BSD + self.self_attn(self.input_layernorm(hidden_BSD), rotary_BSC, mask, cache)
         hidden_TD = self.post_attention_layernorm(hidden_BSD).flatten(0, 1)
-        routing, statistics = self.mlp.gate(hidden_TD, valid_T)
+        routing, statistics = self.mlp.gate(hidden_TD, valid_T, choice)
         return hidden_BSD, hidden_TD, *routing, *statistics
 
 
@@ -107,12 +111,14 @@ class PragnosiaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Norms 1; every matrix normal with `initializer_range`."""
+        """Norms 1; every matrix normal with `initializer_range`; counts 0."""
         if isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, nn.Linear | nn.Embedding | Router | ExpertPage):
             for parameter in module.parameters(recurse=False):
                 nn.init.normal_(parameter, std=self.config.initializer_range)
+            for count in module.buffers(recurse=False):
+                nn.init.zeros_(count)
 
 
 class PragnosiaModel(PragnosiaPreTrainedModel):
@@ -131,6 +137,8 @@ class PragnosiaModel(PragnosiaPreTrainedModel):
     def forward(
         self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor, valid_T: Tensor | None, cache
     ) -> tuple[Tensor, list[RouterStatistics]]:
+        if cache is not None and self.config.routing == "step":
+            hold_sums(cache, len(self.layers))
         hidden_BSD = self.embed_tokens(input_ids)
         rotary_BSC = rotary(position_ids, self.config.head_dim, self.config.rope_theta, hidden_BSD.dtype)
         statistics = []

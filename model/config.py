@@ -6,6 +6,9 @@ from transformers import PretrainedConfig
 class PragnosiaConfig(PretrainedConfig):
     """A decoder with a Mixture-of-Experts feed-forward in every layer; field names are Qwen3-MoE's.
 
+    routing: token (each token takes its top k of all experts) or step (its top k of a pool of `expert_pool`,
+    by default as many experts as a token uses; see `model/step_routing.py`).
+
     Raises:
         ValueError: sizes that do not fit together (names both and the nearest remedy).
     """
@@ -29,6 +32,8 @@ class PragnosiaConfig(PretrainedConfig):
     norm_topk_prob: bool = True
     router_aux_loss_coef: float = 0.01
     router_z_loss_coef: float = 0.001
+    routing: str = "token"
+    expert_pool: int | None = None
     tie_word_embeddings: bool = True
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -42,6 +47,17 @@ class PragnosiaConfig(PretrainedConfig):
                 f"{self.num_experts_per_tok} active experts cannot be chosen from {self.num_experts}: "
                 f"--num-active-experts must be between 1 and --num-experts"
             )
+        if self.routing not in ("token", "step"):
+            raise ValueError(f"routing {self.routing!r} does not exist: --routing must be token or step")
+        if self.routing == "step":
+            self.expert_pool = self.num_experts_per_tok if self.expert_pool is None else self.expert_pool
+            if not self.num_experts_per_tok <= self.expert_pool <= self.num_experts:
+                raise ValueError(
+                    f"a pool of {self.expert_pool} of {self.num_experts} experts cannot serve tokens that use "
+                    f"{self.num_experts_per_tok}: --expert-pool must be from --num-active-experts to --num-experts"
+                )
+        elif self.expert_pool is not None:
+            raise ValueError(f"--expert-pool {self.expert_pool} needs --routing step")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"{self.num_attention_heads} attention heads cannot share {self.num_key_value_heads} key-value "

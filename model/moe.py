@@ -10,6 +10,7 @@ from experts.resident import ResidentBank
 from kernels.reference import Routing, swiglu
 from model.config import PragnosiaConfig
 from model.router import Router
+from model.step_routing import StepRouter
 
 BuildBank = Callable[[PragnosiaConfig], nn.Module]
 
@@ -22,7 +23,7 @@ class MoEBlock(nn.Module):
 
     def __init__(self, config: PragnosiaConfig, build_bank: BuildBank = ResidentBank):
         super().__init__()
-        self.gate = Router(config)
+        self.gate = StepRouter(config) if config.routing == "step" else Router(config)
         self.experts = build_bank(config)
 
     def forward(self, hidden_TD: Tensor, *routing: Tensor) -> Tensor:

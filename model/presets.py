@@ -110,6 +110,8 @@ def config_from_arguments(args: ModelArguments, **overrides) -> PragnosiaConfig:
         "num_experts_per_tok": args.num_active_experts,
         "router_aux_loss_coef": args.router_aux_loss_coef,
         "router_z_loss_coef": args.router_z_loss_coef,
+        "routing": args.routing,
+        "expert_pool": args.expert_pool,
     }
     if args.num_experts is not None:
         fields["num_experts"] = args.num_experts
@@ -138,6 +140,8 @@ def check_agreement(args: ModelArguments, config: PragnosiaConfig, origin: objec
         "num_layers": config.num_hidden_layers,
         "num_experts": config.num_experts,
         "num_active_experts": config.num_experts_per_tok,
+        "routing": config.routing,
+        "expert_pool": config.expert_pool,
     }
     for name, value in found.items():
         asked = getattr(args, name)

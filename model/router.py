@@ -9,7 +9,7 @@ from model.config import PragnosiaConfig
 
 
 class Router(nn.Module):
-    """softmax → top-k → renormalise over the experts of one layer (Qwen3-MoE's router)."""
+    """softmax → top-k → renormalise over all experts of one layer (Qwen3-MoE's router): `token` routing."""
 
     def __init__(self, config: PragnosiaConfig):
         super().__init__()
@@ -17,6 +17,9 @@ class Router(nn.Module):
         self.renormalise = config.norm_topk_prob
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
-    def forward(self, hidden_TD: Tensor, valid_T: Tensor | None) -> tuple[Routing, RouterStatistics]:
+    def forward(
+        self, hidden_TD: Tensor, valid_T: Tensor | None, _choice: object = None
+    ) -> tuple[Routing, RouterStatistics]:
+        """Routing of the tokens and sums over those of valid_T; the third argument is for `StepRouter`."""
         logits_TE = F.linear(hidden_TD, self.weight)
         return route(logits_TE, self.num_active, self.renormalise, valid_T)

@@ -14,7 +14,7 @@ LINES = [
 ]
 LISTED = {re.match(r"[\w-]+", line)[0].lower() for line in LINES}
 # Used by name, by another package or by pytest's settings, and imported by no file of ours.
-INDIRECT = {"mpi4py", "ninja", "triton", "pytest-timeout", "pytest-xdist", "ruff"}
+INDIRECT = {"mpi4py", "ninja", "pytest-timeout", "pytest-xdist", "ruff"}
 
 
 def imported() -> set[str]:

@@ -11,6 +11,7 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -68,6 +69,18 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     near = [w for w in folded if word and w.startswith(word)]
     near = near or difflib.get_close_matches(word, folded, n=1, cutoff=0.6)
     return f": did you mean {folded[near[0]]}?" if near else ""
+
+
+def parse_size(flag: str, text: str) -> float:
+    """Bytes of `512MB`, `1.5 GB` or a plain number. Raises UserError."""
+    match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    try:
+        size = float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")
+    except (TypeError, ValueError):
+        size = 0.0
+    if size <= 0:
+        raise UserError(f"{flag} must be a size like 512MB or 4GB, not {text!r}")
+    return size
 
 
 class Checked:
@@ -140,12 +153,22 @@ class ModelArguments(Checked):
     num_layers: int | None = option(None, "decoder layers, with --model-size custom", minimum=1)
     num_experts: int | None = option(None, "experts a layer (default: the preset's)", minimum=1)
     num_active_experts: int = option(2, "experts a token uses", minimum=1)
+    routing: str = option(
+        "token",
+        "token: each token chooses among all experts; step: among a pool that serves a microbatch",
+        choices=("token", "step"),
+    )
+    expert_pool: int | None = option(
+        None, "experts in the pool, with --routing step (default: --num-active-experts)", minimum=1
+    )
     router_aux_loss_coef: float = option(0.01, "weight of the router's balance loss", minimum=0)
     router_z_loss_coef: float = option(0.001, "weight of the router's z loss", minimum=0)
     tokenizer: str | None = option(None, "tokenizer directory (default: the one in data/tokenizer)")
     init_from: str | None = option(None, "start from this run, checkpoint or Qwen3-MoE directory")
 
     def check(self) -> None:
+        if self.expert_pool is not None and self.routing != "step":
+            raise UserError(f"--expert-pool {self.expert_pool} needs --routing step")
         shape = {"--hidden-size": self.hidden_size, "--num-layers": self.num_layers}
         if self.model_size == "custom":
             shape["--num-experts"] = self.num_experts
@@ -210,14 +233,27 @@ class TrainingArguments(Checked):
     )
     placement: str = option(
         "auto",
-        "where experts live: resident in GPU memory, or zero3 in host memory, fetched page by page "
-        "(auto: resident where the estimate fits)",
-        choices=("auto", "resident", "zero3"),
+        "where experts live: resident in GPU memory, streamed from host memory and updated on the way, or zero3: "
+        "DeepSpeed's own offload (auto: resident where the estimate fits, else streamed)",
+        choices=("auto", "resident", "streamed", "zero3"),
     )
     offload_to_cpu: bool | None = option(
-        None, "the same as --placement zero3, and --placement resident with no-"
+        None, "the same as --placement streamed, and --placement resident with no-"
     )
-    expert_page_size: int | None = option(None, "experts fetched together with zero3", minimum=1)
+    expert_page_size: int | None = option(
+        None,
+        "experts fetched together (default: zero3 8, streamed as --expert-vram allows)",
+        minimum=1,
+    )
+    expert_vram: str | None = option(
+        None, "GPU memory for streamed experts, e.g. 512MB (default: 256MB, or what one expert takes)"
+    )
+    expert_state: str | None = option(
+        None,
+        "optimizer state of streamed experts: fp32 (with a master copy), bf16 or int8 (default: bf16; fp32 with "
+        "--precision fp32)",
+        choices=("fp32", "bf16", "int8"),
+    )
     deepspeed_config: str | None = option(
         None,
         "DeepSpeed JSON: a path or a name in deepspeed_configs (default: by preset, placement and machine)",
@@ -249,15 +285,17 @@ class TrainingArguments(Checked):
         if self.offload_to_cpu is not None and self.placement != "auto":
             flag = "--offload-to-cpu" if self.offload_to_cpu else "--no-offload-to-cpu"
             raise UserError(f"--placement and {flag} both set the placement: give one of them")
+        if self.expert_vram is not None:
+            parse_size("--expert-vram", self.expert_vram)
         if "none" in self.reporters and len(self.reporters) > 1:
             raise UserError("--report-to none cannot stand beside others")
 
     @property
     def requested_placement(self) -> str:
-        """auto, resident or zero3: --placement and --offload-to-cpu joined."""
+        """auto, resident, streamed or zero3: --placement and --offload-to-cpu joined."""
         if self.offload_to_cpu is None:
             return self.placement
-        return "zero3" if self.offload_to_cpu else "resident"
+        return "streamed" if self.offload_to_cpu else "resident"
 
     @property
     def reporters(self) -> list[str]:

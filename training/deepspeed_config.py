@@ -18,6 +18,7 @@ from training.config import TrainingArguments, UserError, did_you_mean
 
 DIRECTORY = Path(__file__).resolve().parent.parent / "deepspeed_configs"
 
+PLACEMENTS = ("resident", "streamed", "zero3")
 NOMINAL_PARAMETERS = {"tiny": 8e6, "350M": 350e6, "1B": 1e9, "3B": 3e9, "7B": 7e9, "13B": 13e9}
 
 BATCH_KEYS = {
@@ -111,13 +112,15 @@ def default_path(preset: str, placement: str, device: str, world_size: int, node
 
     Args:
         preset: a key of NOMINAL_PARAMETERS; `nearest_preset` gives one for a custom model.
-        placement: resident or zero3.
+        placement: resident, streamed or zero3.
         device: cuda or cpu.
         world_size: ranks altogether, on `nodes` machines.
     """
-    assert preset in NOMINAL_PARAMETERS and placement in ("resident", "zero3") and 1 <= nodes <= world_size
+    assert preset in NOMINAL_PARAMETERS and placement in PLACEMENTS and 1 <= nodes <= world_size
     if device == "cpu":
-        return DIRECTORY / ("cpu.json" if placement == "resident" else "cpu_zero3.json")
+        return DIRECTORY / ("cpu_zero3.json" if placement == "zero3" else "cpu.json")
+    if placement == "streamed":
+        return DIRECTORY / "streamed.json"
     machine = "consumer" if placement == "zero3" else "a100_node" if nodes == 1 else "a100_cluster"
     return DIRECTORY / f"{preset}_{machine}.json"
 
@@ -140,7 +143,7 @@ def load(
     Args:
         path: a file, or the name of one in deepspeed_configs, with or without `.json`.
         args: gives the batch arithmetic and the gradient clipping.
-        placement: resident or zero3; the JSON must offload parameters for zero3, and nothing for resident.
+        placement: resident, streamed or zero3; a JSON for zero3 offloads parameters, one for resident nothing.
         precision: bf16, fp16 or fp32: what `"enabled": "auto"` and absent sections become.
         world_size: data-parallel ranks.
     Returns:
@@ -179,10 +182,15 @@ def load(
 
 
 def placement_of(path: str | os.PathLike) -> str:
-    """The placement a JSON is made for: zero3 where it offloads parameters, else resident."""
+    """The placement a JSON asks for: zero3 where it offloads parameters, streamed where only the optimizer, else
+    auto: either of the others."""
     file = _find(path)
     zero = _read(file).get("zero_optimization")
-    return "zero3" if isinstance(zero, dict) and _offloads(zero, "offload_param") else "resident"
+    if not isinstance(zero, dict):
+        return "auto"
+    if _offloads(zero, "offload_param"):
+        return "zero3"
+    return "streamed" if _offloads(zero, "offload_optimizer") else "auto"
 
 
 def precision_of(config: dict[str, Any]) -> str:
@@ -350,6 +358,6 @@ def _check_placement(file: Path, zero: dict[str, Any], placement: str) -> None:
     if placement == "resident" and any(offloads.values()):
         name = next(name for name, given in offloads.items() if given)
         raise UserError(
-            f"{file}: zero_optimization.{name} needs the zero3 placement: "
-            "take another JSON or --placement zero3"
+            f"{file}: zero_optimization.{name} needs the zero3 or streamed placement: "
+            "take another JSON or another --placement"
         )

@@ -14,9 +14,11 @@ import deepspeed
 import torch
 from torch import nn
 
-from experts import bank_builder
+from experts.placement import Placement, ordinary_placement
+from experts.streamed import StreamedExperts, StreamSettings
 from model import PragnosiaConfig, PragnosiaForCausalLM
 from training.config import TrainingArguments
+from training.plan import Plan
 from training.weights import Source, fill
 
 # DeepSpeed 0.19 calls names that torch 2.13 deprecates, once a collective.
@@ -56,6 +58,12 @@ def start_ranks(device_type: str, local_rank: int = 0) -> Ranks:
     return Ranks(torch.distributed.get_rank(), local_rank, torch.distributed.get_world_size(), device)
 
 
+def leave_ranks() -> None:
+    """At the end of a script: NCCL warns of a group that is left open. (gloo does not, and closes by itself.)"""
+    if torch.distributed.get_backend() == "nccl":
+        torch.distributed.destroy_process_group()
+
+
 def init_process_group(backend: str, **options) -> None:
     """DeepSpeed's initialisation, given what its CPU all-reduce asks for: the number of ranks on this machine."""
     on_this_machine = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
@@ -73,24 +81,48 @@ def unlink_shared_buffers() -> None:
         buffer.unlink()
 
 
+def build_placement(plan: Plan, args: TrainingArguments, ranks: Ranks) -> Placement:
+    """Where the experts of a planned run live."""
+    if plan.stream is None:
+        return ordinary_placement(plan.placement, plan.page_size)
+    return StreamedExperts(
+        plan.config,
+        StreamSettings(
+            page_size=plan.page_size,
+            num_slots=plan.stream.num_slots,
+            state=plan.stream.state,
+            accumulate=args.gradient_accumulation_steps > 1,
+            fetch_all=plan.config.routing == "token",
+            max_norm=args.gradient_clip,
+            learning_rate=args.local_learning_rate,
+            weight_decay=args.weight_decay,
+            betas=ADAM_BETAS,
+            seed=args.seed,
+        ),
+        ranks.device,
+        DTYPES[plan.precision],
+        tuple(torch.distributed.new_group() for _ in range(2)) if ranks.world_size > 1 else None,
+    )
+
+
 def build_model(
     config: PragnosiaConfig,
     source: Source,
     ds_config: dict,
     *,
-    placement: str,
-    page_size: int | None,
+    placement: Placement,
     device: torch.device,
     dtype: torch.dtype,
 ) -> PragnosiaForCausalLM:
-    """The placed model with weights from `source`.
+    """The placed model with weights from `source`; it keeps the placement as `model.placement`.
 
     Under ZeRO-3 each module is partitioned as soon as it exists, so the whole model never stands in one place.
     """
     zero3 = ds_config["zero_optimization"]["stage"] == 3
     context = deepspeed.zero.Init(config_dict_or_path=ds_config, dtype=dtype) if zero3 else nullcontext()
     with context, nullcontext() if zero3 else torch.device("meta"):
-        model = PragnosiaForCausalLM(config, bank_builder(placement, page_size))
+        model = PragnosiaForCausalLM(config, placement.build_bank)
+    model.placement = placement
     if not zero3:
         model = model.to(dtype).to_empty(device=device)
         model.tie_weights()
@@ -99,7 +131,7 @@ def build_model(
 
 
 def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict]:
-    """Experts with their own learning rate; matrices with weight decay, norms without."""
+    """Experts that are parameters with their own learning rate; matrices with weight decay, norms without."""
     groups = {
         name: {"params": [], "lr": rate, "weight_decay": decay, "name": name}
         for name, rate, decay in (
@@ -111,7 +143,7 @@ def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict]:
     for name, parameter in model.named_parameters():
         kind = "experts" if ".experts." in name else "norms" if re.search(r"norm\.weight$", name) else "dense"
         groups[kind]["params"].append(parameter)
-    return list(groups.values())
+    return [group for group in groups.values() if group["params"]]
 
 
 def build_optimizer(groups: list[dict], ds_config: dict) -> torch.optim.Optimizer:
@@ -135,11 +167,12 @@ def build_engine(
         # DeepSpeed's optimizer for bf16 and fp16 without ZeRO creates its state by a step on zero gradients, which
         # would count in Adam's bias correction. (Its weight decay, one step's, stays.)
         optimizer.state.clear()
+    model.placement.attach(engine)
     return engine
 
 
 def set_learning_rates(engine: deepspeed.DeepSpeedEngine, args: TrainingArguments, factor: float) -> None:
     """Scale both base rates; groups keep their order through every DeepSpeed optimizer."""
-    for group in engine.optimizer.param_groups:
+    for group in (*engine.optimizer.param_groups, *engine.module.placement.groups):
         rate = args.local_learning_rate if group["name"] == "experts" else args.learning_rate
         group["lr"] = rate * factor

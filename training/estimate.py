@@ -14,6 +14,17 @@ LOSS_CHUNK_BYTES = (
 
 
 @dataclass(frozen=True)
+class StreamPlan:
+    """How experts are streamed: sizes, and the bytes that they take on the device and on the host, a rank."""
+
+    page_size: int
+    num_slots: int
+    state: str
+    device: float
+    host: float
+
+
+@dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes on each GPU (or, without one, of the process) and on the host, a rank."""
 
@@ -35,6 +46,7 @@ def estimate(
     max_length: int,
     checkpointing: bool,
     world_size: int,
+    stream: StreamPlan | None = None,
 ) -> MemoryEstimate:
     """Weights, gradients, AdamW state and activations under a placement and a ZeRO stage.
 
@@ -44,6 +56,8 @@ def estimate(
     weight, state = (4, 8) if precision == "fp32" else (2, 12)
     zero = ds_config["zero_optimization"]
     stage, parameters = zero["stage"], config.num_params()
+    if stream is not None:
+        parameters -= config.num_hidden_layers * config.num_experts * config.expert_params()
     share = [1 / world_size if stage >= needed else 1 for needed in (3, 2, 1)]
     weights, gradients, states = (
         parameters * size * part for size, part in zip((weight, weight, state), share, strict=True)
@@ -51,10 +65,10 @@ def estimate(
     tokens = micro_batch_size * max_length
     width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
     # A page is recomputed in backward from its rows; a resident bank keeps what is inside its experts as well.
-    inside = 0 if placement == "zero3" else 4 * config.moe_intermediate_size
-    routed = config.num_experts_per_tok * (inside + 3 * width)
+    inside = 4 * config.moe_intermediate_size if placement == "resident" else 0
+    routed = config.num_experts_per_tok * (inside + 3 * width) if stream is None else 0
     layer = tokens * weight * (12 * width + 6 * heads + routed)
-    kept = tokens * weight * width if checkpointing else layer
+    kept = tokens * weight * 2 * width if checkpointing else layer
     activations = kept * config.num_hidden_layers + (layer if checkpointing else 0)
     activations += min(tokens, 2048) / 2048 * LOSS_CHUNK_BYTES * config.vocab_size
     if placement == "zero3":
@@ -65,4 +79,12 @@ def estimate(
             min(live, parameters) + page + min(zero.get("reduce_bucket_size", 5e8), parameters)
         )
         return MemoryEstimate(activations + working, weights + gradients + states)
-    return MemoryEstimate(weights + gradients + states + activations, 1.5e9)
+    if stream is None:
+        return MemoryEstimate(weights + gradients + states + activations, 1.5e9)
+    # Rows of a layer on their way through its experts, and what a page holds inside of them.
+    rows = tokens * config.num_experts_per_tok * weight
+    inside = 6 * config.moe_intermediate_size * stream.page_size / config.num_experts
+    device = weights + gradients + activations + stream.device + rows * (2 * width + inside)
+    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    on_host = stream.host + (states + gradients if offloaded else 0)
+    return MemoryEstimate(device + (0 if offloaded else states), 1.5e9 + on_host)

@@ -14,8 +14,8 @@ from training.weights import directory_weights, exported_tensors, fill, qwen3_mo
 REPOSITORY = Path(__file__).resolve().parent.parent
 # The modules a loaded model needs, written flat beside the weights for `trust_remote_code`.
 MODEL_CODE = (
-    "model/config.py", "model/attention.py", "model/router.py", "model/moe.py", "model/head.py",
-    "model/causal_lm.py", "experts/page.py", "experts/resident.py", "kernels/reference.py",
+    "model/config.py", "model/attention.py", "model/router.py", "model/step_routing.py", "model/moe.py",
+    "model/head.py", "model/causal_lm.py", "experts/page.py", "experts/resident.py", "kernels/reference.py",
 )  # fmt: skip
 SHARED_FIELDS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -26,9 +26,10 @@ SHARED_FIELDS = (
 
 
 def to_qwen3_moe(config: PragnosiaConfig):
-    """The same architecture as a `Qwen3MoeConfig`."""
+    """The same architecture as a `Qwen3MoeConfig`, which has no pools (`make_plan` refuses them)."""
     from transformers import Qwen3MoeConfig
 
+    assert config.routing == "token", config.routing
     fields = {name: getattr(config, name) for name in SHARED_FIELDS}
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     result = Qwen3MoeConfig(**fields, rope_parameters=rope, intermediate_size=config.moe_intermediate_size)

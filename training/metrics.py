@@ -24,6 +24,26 @@ def router_load_metrics(load_LE: Tensor) -> dict[str, float]:
     }
 
 
+def validation_metrics(results: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The losses of `evaluate_loss` as validation/<family>/<name>."""
+    counts = ("tokens", "samples")
+    return {
+        f"validation/{family}/{name}": value
+        for family, row in results.items()
+        for name, value in row.items()
+        if name not in counts
+    }
+
+
+def validation_line(results: dict[str, dict[str, float]]) -> str:
+    """The same for a person."""
+    return "  ".join(
+        f"{family} {row['loss']:.4f} (ppl {row['perplexity']:.4g}"
+        + (f", choice gap {row['choice_gap']:+.3f})" if "choice_gap" in row else ")")
+        for family, row in results.items()
+    )
+
+
 def memory_metrics(device: torch.device) -> dict[str, float]:
     """Peak GPU memory since the start and this process's resident host memory, GB (1e9 bytes)."""
     metrics = {"memory/host_gb": psutil.Process().memory_info().rss / 1e9}

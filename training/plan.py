@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experts import default_page_size
+from experts.budget import bytes_per_value, choose_pages, device_bytes
 from training import deepspeed_config
-from training.config import TrainingArguments, UserError
-from training.estimate import MemoryEstimate, estimate
+from training.config import TrainingArguments, UserError, parse_size
+from training.estimate import MemoryEstimate, StreamPlan, estimate
 
 if TYPE_CHECKING:
     from model.config import PragnosiaConfig
@@ -27,6 +29,7 @@ class Plan:
     precision: str
     placement: str
     page_size: int | None
+    stream: StreamPlan | None
     json_path: Path
     ds_config: dict
     memory: MemoryEstimate
@@ -36,10 +39,13 @@ class Plan:
         """The plan for a person."""
         micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
         pages = f", pages of {self.page_size} experts" if self.page_size else ""
+        if self.stream:
+            pages += f" in {self.stream.num_slots} slots, {self.stream.state} optimizer state"
         return [
             f"model       {self.config.num_params() / 1e6:,.1f}M parameters, "
             + f"{self.config.active_params() / 1e6:,.1f}M active; "
-            + f"{self.config.num_experts} experts, {self.config.num_experts_per_tok} active",
+            + f"{self.config.num_experts} experts, {self.config.num_experts_per_tok} active"
+            + (f" of a pool of {self.config.expert_pool}" if self.config.routing == "step" else ""),
             f"placement   {self.placement}{pages}; {self.json_path.name} "
             f"(ZeRO stage {self.ds_config['zero_optimization']['stage']}); "
             f"{self.precision} on {self.world_size} x {self.device}",
@@ -78,23 +84,36 @@ def make_plan(
     Raises:
         UserError: settings that contradict each other.
     """
+    if config.routing == "step" and args.export_format == "qwen3_moe":
+        raise UserError(
+            "--export-format qwen3_moe: Qwen3-MoE has no expert pools; leave it out, or use --routing token"
+        )
     precision = args.precision or ("bf16" if device == "cuda" else "fp32")
-    page_size = args.expert_page_size or default_page_size(config.num_experts)
-    if config.num_experts % page_size:
-        raise UserError(f"--expert-page-size {page_size} does not divide {config.num_experts} experts")
     nodes = int(os.environ.get("CROSS_SIZE", "1"))  # set by the launcher
     preset = size if size in deepspeed_config.NOMINAL_PARAMETERS else deepspeed_config.nearest_preset(
         config.num_params()
     )  # fmt: skip
 
-    def attempt(placement: str) -> Plan:
-        path = args.deepspeed_config or deepspeed_config.default_path(
-            preset, placement, device, world_size, nodes
+    def attempt(placement: str, json: str | None = None) -> Plan:
+        path = (
+            args.deepspeed_config
+            or json
+            or deepspeed_config.default_path(preset, placement, device, world_size, nodes)
         )
         ds_config = deepspeed_config.load(
             path, args, placement=placement, precision=precision, world_size=world_size
         )
         deepspeed_config.check_nvme(ds_config)
+        page_size, stream = None, None
+        if placement == "zero3":
+            page_size = args.expert_page_size or default_page_size(config.num_experts)
+            if config.num_experts % page_size:
+                raise UserError(
+                    f"--expert-page-size {page_size} does not divide {config.num_experts} experts"
+                )
+        elif placement == "streamed":
+            stream = plan_stream(config, args, deepspeed_config.precision_of(ds_config), world_size)
+            page_size = stream.page_size
         memory = estimate(
             config,
             ds_config,
@@ -105,18 +124,92 @@ def make_plan(
             max_length=max_length,
             checkpointing=args.gradient_checkpointing,
             world_size=world_size,
+            stream=stream,
         )
         return Plan(
-            config, device, deepspeed_config.precision_of(ds_config), placement,
-            page_size if placement == "zero3" else None, Path(path), ds_config, memory, world_size,
+            config, device, deepspeed_config.precision_of(ds_config), placement, page_size, stream,
+            Path(path), ds_config, memory, world_size,
         )  # fmt: skip
 
-    if args.requested_placement != "auto":
-        return attempt(args.requested_placement)
-    if args.deepspeed_config:
-        return attempt(deepspeed_config.placement_of(args.deepspeed_config))
-    plan = attempt("resident")
-    return plan if plan.memory.device <= FIT * _device_memory(device) else attempt("zero3")
+    placement, room = args.requested_placement, FIT * _device_memory(device)
+    if placement == "auto" and args.deepspeed_config:
+        placement = deepspeed_config.placement_of(args.deepspeed_config)
+    if placement == "auto":
+        plan = attempt("resident")
+        if plan.memory.device <= room:
+            return plan
+        placement = "streamed"
+    check_expert_flags(args, placement)
+    plan = attempt(placement)
+    if placement == "streamed" and plan.memory.device > room and not args.deepspeed_config:
+        plan = attempt(placement, "streamed_offload")
+    return plan
+
+
+def check_expert_flags(args: TrainingArguments, placement: str) -> None:
+    """Raises UserError where a setting of streamed or paged experts would have no effect."""
+    for flag, value, placements in (
+        ("--expert-vram", args.expert_vram, ("streamed",)),
+        ("--expert-state", args.expert_state, ("streamed",)),
+        ("--expert-page-size", args.expert_page_size, ("streamed", "zero3")),
+    ):
+        if value is not None and placement not in placements:
+            raise UserError(
+                f"{flag} {value} has no effect on {placement} experts: leave it out, or use --placement "
+                + " or ".join(placements)
+            )
+
+
+def plan_stream(
+    config: PragnosiaConfig, args: TrainingArguments, precision: str, world_size: int
+) -> StreamPlan:
+    """Page size and slots within the budget, and what they take.
+
+    Raises:
+        UserError: fp16, a page larger than the bank, or a budget that one page exceeds.
+    """
+    if precision == "fp16":
+        raise UserError(
+            "--placement streamed updates experts within backward, without a loss scale: use bf16"
+        )
+    state = args.expert_state or ("fp32" if precision == "fp32" else "bf16")
+    sizes = {
+        "state": state,
+        "precision": precision,
+        "accumulate": args.gradient_accumulation_steps > 1,
+        "ranks": world_size,
+    }
+    if (args.expert_page_size or 0) > config.num_experts:
+        raise UserError(
+            f"--expert-page-size {args.expert_page_size}: a layer has {config.num_experts} experts, use fewer"
+        )
+    limit = parse_size("--expert-vram", args.expert_vram) if args.expert_vram else None
+    chosen = choose_pages(config, limit, args.expert_page_size, **sizes)
+    if chosen is None:
+        page = args.expert_page_size or 1
+        least = math.ceil(device_bytes(config, page, 2, **sizes) / 1e6)
+        raise UserError(
+            f"--expert-vram {args.expert_vram}: two pages of {page} expert{'s' * (page > 1)} take {least} MB: "
+            f"use --expert-vram {least}MB" + (" or a smaller --expert-page-size" if page > 1 else "")
+        )
+    values = config.num_hidden_layers * config.num_experts * config.expert_params()
+    host = values / world_size * bytes_per_value(state, precision, sizes["accumulate"])
+    return StreamPlan(*chosen, state, device_bytes(config, *chosen, **sizes), host)
+
+
+def check_host_memory(plan: Plan, ranks_here: int) -> None:
+    """Refuse a run whose streamed experts would not fit in host memory. Raises UserError."""
+    from experts.host_memory import available_bytes
+
+    if plan.stream is None:
+        return
+    needed, free = plan.memory.host * ranks_here, available_bytes()
+    if needed > free:
+        cheaper = {"fp32": "--expert-state bf16", "bf16": "--expert-state int8"}.get(plan.stream.state)
+        raise UserError(
+            f"streamed experts and their optimizer state need {needed / 1e9:,.1f} GB of host memory, "
+            f"{free / 1e9:,.1f} GB are free: use {cheaper or 'fewer --num-experts'}"
+        )
 
 
 def _device_memory(device: str) -> float:

@@ -12,7 +12,7 @@ Pretrainer(
 
 from __future__ import annotations
 
-import random
+import os
 import shutil
 import signal
 import sys
@@ -22,7 +22,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import deepspeed
-import numpy
 import torch
 import torch.distributed as dist
 
@@ -30,9 +29,17 @@ from data.loader import Data, TrainLoader, prepare_rows
 from data.tokenizer_asset import load_tokenizer
 from inference.evaluation import evaluate_loss
 from model import PragnosiaConfig, PragnosiaForCausalLM
+from model.step_routing import pool_uses, restore_pool_uses
 from training import checkpoint as disk
 from training.config import DataArguments, TrainingArguments, UserError
-from training.engine import DTYPES, build_engine, build_model, set_learning_rates, start_ranks
+from training.engine import (
+    DTYPES,
+    build_engine,
+    build_model,
+    build_placement,
+    set_learning_rates,
+    start_ranks,
+)
 from training.export import export_model, probe_logits, verify_export
 from training.metrics import (
     MetricsLog,
@@ -41,8 +48,11 @@ from training.metrics import (
     memory_metrics,
     perplexity,
     router_load_metrics,
+    validation_line,
+    validation_metrics,
 )
-from training.plan import Plan, make_plan, resolve_device
+from training.plan import Plan, check_host_memory, make_plan, resolve_device
+from training.randomness import random_state, set_random_state, set_seeds
 from training.schedule import learning_rate_factor
 from training.step import StepResult, reduce_results, train_step
 from training.universal import UNIVERSAL_CLIENT_STATE, to_universal
@@ -114,6 +124,7 @@ class Pretrainer:
             device=self.device_type,
             world_size=self.ranks.world_size,
         )
+        check_host_memory(self.plan, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.resume_from = disk.resolve_checkpoint(args.resume) if args.resume else None
         self.run_dir = self._run_directory()
         self.step = self.epoch = self.step_in_epoch = self.bad_steps = self.bad_validations = self.tokens = 0
@@ -130,7 +141,7 @@ class Pretrainer:
             Interrupted: after SIGINT or SIGTERM, with interrupted_checkpoint/ written.
             UserError: the loss is not finite for too long, or the export cannot be verified.
         """
-        self._set_seeds()
+        set_seeds(self.args.seed, self.args.deterministic)
         self.loader = TrainLoader(
             self.data.train,
             micro_batch_size=self.args.per_device_train_batch_size,
@@ -218,9 +229,11 @@ class Pretrainer:
         self.log.advance()
         # With fp16, an update refused for a finite loss is the loss scale finding its range.
         is_bad = not (result.applied or (result.finite and self.plan.precision == "fp16"))
-        self.bad_steps = self.bad_steps + 1 if is_bad else 0
         if is_bad:
             self.log.say(f"step {self.step}: loss or gradient is not finite, weights not updated")
+        if result.refused:
+            self.log.say(f"step {self.step}: {result.refused} experts not updated, gradient not finite")
+        self.bad_steps = self.bad_steps + 1 if is_bad or result.refused else 0
         if self.bad_steps >= self.args.max_nan_steps:
             good = [path.name for path in disk.checkpoints(self.run_dir)]  # none is written after bad steps
             raise UserError(
@@ -297,18 +310,8 @@ class Pretrainer:
         if not any(len(dataset) for dataset in self.data.validation.values()):
             return False
         results = self.evaluate()
-        self.log.write(
-            self.step,
-            {
-                f"validation/{family}/{key}": row[key]
-                for family, row in results.items()
-                for key in ("loss", "perplexity", "bits_per_byte")
-            },
-        )
-        families = "  ".join(
-            f"{family} {row['loss']:.4f} (ppl {row['perplexity']:.4g})" for family, row in results.items()
-        )
-        self.log.say(f"step {self.step}  validation loss: {families}")
+        self.log.write(self.step, validation_metrics(results))
+        self.log.say(f"step {self.step}  validation loss: {validation_line(results)}")
         self.validated = (self.step, results)
         loss = results["overall"]["loss"]
         self.bad_validations = 0 if loss < self.best_loss else self.bad_validations + 1
@@ -364,8 +367,7 @@ class Pretrainer:
             self.config,
             self.source,
             ds_config,
-            placement=self.plan.placement,
-            page_size=self.plan.page_size,
+            placement=build_placement(self.plan, args, self.ranks),
             device=self.ranks.device,
             dtype=DTYPES[self.plan.precision],
         )
@@ -376,6 +378,7 @@ class Pretrainer:
         loaded, _ = self.engine.load_checkpoint(str(where), tag=tag)
         if loaded is None:
             raise UserError(f"DeepSpeed found no state in {where / tag}: use an earlier checkpoint")
+        self.engine.module.placement.load(resume / STATE_TAG)
         self._restore(resume, state)
         dist.barrier()
         if universal and self.is_main:
@@ -384,15 +387,16 @@ class Pretrainer:
     def _check_layout(self, resume: Path, state: dict) -> None:
         """DeepSpeed's state can be read on other ranks, not under another placement, stage or precision."""
         for name, value in self._layout().items():
-            if state[name] != value:
+            if state.get(name) != value:
                 raise UserError(
-                    f"{resume} was trained with {name.replace('_', ' ')} {state[name]}, this run has {value}: "
+                    f"{resume} was trained with {name.replace('_', ' ')} {state.get(name)}, this run has {value}: "
                     f"resume as it was, or start a new run from its weights with --init-from"
                 )
 
     def _layout(self) -> dict:
         stage = self.plan.ds_config["zero_optimization"]["stage"]
-        return {"placement": self.plan.placement, "zero_stage": stage, "precision": self.plan.precision}
+        layout = {"placement": self.plan.placement, "zero_stage": stage, "precision": self.plan.precision}
+        return layout | {"expert_state": self.plan.stream.state if self.plan.stream else None}
 
     def _data_identity(self) -> list:
         """What the place in the data refers to: the rows and their order."""
@@ -436,6 +440,7 @@ class Pretrainer:
         self.engine.save_checkpoint(
             str(temporary), tag=STATE_TAG, save_latest=False, client_state=UNIVERSAL_CLIENT_STATE
         )
+        self.engine.module.placement.save(temporary / STATE_TAG)
         self._export(temporary / "model", "pragnosia")
         torch.save(random_state(), temporary / f"rank-{self.ranks.rank}.pt")
 
@@ -459,6 +464,7 @@ class Pretrainer:
             "world_size": self.ranks.world_size,
             **self._layout(),
             "data": self._data_identity(),
+            "pool_uses": pool_uses(self.engine.module),
         }
 
     def _restore(self, resume: Path, state: dict) -> None:
@@ -472,6 +478,7 @@ class Pretrainer:
             if self.is_main:
                 print("the data, --seed or --max-length has changed: the epoch starts anew", flush=True)
         self.last_saved = self.step if resume.parent == self.run_dir else -1
+        restore_pool_uses(self.engine.module, state.get("pool_uses", []))
         own = resume / f"rank-{self.ranks.rank}.pt"
         if own.exists() and state["world_size"] == self.ranks.world_size:
             set_random_state(torch.load(own, weights_only=False))
@@ -485,6 +492,8 @@ class Pretrainer:
         if isinstance(error, UserError | KeyboardInterrupt) or self.ranks.world_size > 1:
             return
         if self.step == self.last_saved or self.engine._running_engine_step:
+            return
+        if self.engine.module.placement.updating:
             return
         try:
             self.log.say(f"{type(error).__name__}: saving an emergency checkpoint")
@@ -566,28 +575,3 @@ class Pretrainer:
             "device": torch.cuda.get_device_name() if self.device_type == "cuda" else "cpu",
             "world_size": self.ranks.world_size,
         }
-
-    def _set_seeds(self) -> None:
-        random.seed(self.args.seed)
-        numpy.random.seed(self.args.seed)
-        torch.manual_seed(self.args.seed)
-        torch.use_deterministic_algorithms(self.args.deterministic)
-
-
-def random_state() -> dict:
-    """State of every generator that training could draw from."""
-    return {
-        "python": random.getstate(),
-        "numpy": numpy.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def set_random_state(state: dict) -> None:
-    """Undo `random_state`."""
-    random.setstate(state["python"])
-    numpy.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -18,7 +18,7 @@ class StepResult:
 
     finite: whether some microbatch had a finite loss. applied: whether the weights were updated; DeepSpeed
     refuses a gradient that is not finite. num_tokens: real tokens of all ranks. grad_norm: global norm before
-    clipping.
+    clipping. refused: experts that were left out of the update because their own gradient was not finite.
     """
 
     finite: bool
@@ -27,6 +27,7 @@ class StepResult:
     sums: dict[str, Tensor]
     load_LE: Tensor | None
     grad_norm: float | None
+    refused: int
 
 
 def train_step(engine, microbatches: list[Batch]) -> StepResult:
@@ -47,7 +48,7 @@ def train_step(engine, microbatches: list[Batch]) -> StepResult:
     num_targets, num_tokens = counts.tolist()
     keys = ("loss_sum", "targets", "tokens", "balance", "z", "entropy")
     sums = {key: torch.zeros((), dtype=torch.float64, device=device) for key in keys}
-    load_LE, grad_norm, started = None, None, False
+    load_LE, grad_norm, started, applied = None, None, False, False
     for index, batch in enumerate(microbatches):
         is_last = index == len(microbatches) - 1
         engine.set_gradient_accumulation_boundary(is_last)
@@ -72,11 +73,14 @@ def train_step(engine, microbatches: list[Batch]) -> StepResult:
             grad_norm = unclipped_norm(engine)
             if grad_norm is not None and not math.isfinite(grad_norm):
                 engine.zero_grad()
-                return StepResult(True, False, num_tokens, sums, load_LE, grad_norm)
+                break
         engine.step()
-    if started and engine.get_global_grad_norm() is not None:
-        grad_norm = float(engine.get_global_grad_norm())
-    return StepResult(started, started and engine.was_step_applied(), num_tokens, sums, load_LE, grad_norm)
+    else:
+        applied = started and engine.was_step_applied()
+        if started and engine.get_global_grad_norm() is not None:
+            grad_norm = float(engine.get_global_grad_norm())
+    refused = engine.module.placement.take_refused()
+    return StepResult(started, applied, num_tokens, sums, load_LE, grad_norm, refused)
 
 
 def count_targets(batch: Batch) -> int:

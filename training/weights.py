@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from experts import canonical
+from experts.placement import Placement, ordinary_placement
 from training.config import UserError
 
 SHARD_BYTES = 2 << 30
@@ -120,13 +121,16 @@ def gathered(parameter: nn.Parameter, modifier_rank: int | None = None):
 
 @torch.no_grad()
 def fill(model: nn.Module, source: Source) -> None:
-    """Give every parameter its value from `source`, one at a time; collective under ZeRO-3."""
+    """Give every parameter its value from `source`, one at a time; counts start at 0. Collective under ZeRO-3."""
     for name, parameter in model.named_parameters():
         with gathered(parameter, modifier_rank=0):
             if parameter.numel() == 0:  # partitioned and this rank does not modify
                 continue
             exported, first = canonical(name, parameter.shape)
             parameter.copy_(source(exported, parameter.shape, first))
+    for count in model.buffers():
+        count.zero_()
+    placement_of(model).fill(source)
 
 
 @torch.no_grad()
@@ -148,6 +152,12 @@ def exported_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         else:
             pages.setdefault(exported, []).append(tensor)
     yield from ((bank, torch.cat(parts)) for bank, parts in pages.items())
+    yield from placement_of(model).tensors()
+
+
+def placement_of(model: nn.Module) -> Placement:
+    """Where the model's experts live; a model that was built by hand has them all as parameters."""
+    return getattr(model, "placement", None) or ordinary_placement("resident", None)
 
 
 def qwen3_moe_tensors(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import experts.page
-from experts import bank_builder, canonical, default_page_size
-from experts.page import ExpertPage, grouped_linear, has_grouped_gemm
+from experts import canonical, default_page_size
+from experts.page import ExpertPage, Groups, grouped_matmul, has_grouped_gemm
+from experts.placement import ordinary_placement
 from kernels.reference import Routing, route
 from model.moe import moe_loop
 
@@ -43,7 +44,7 @@ def bank_of(placement: str, page_size: int | None, dtype=torch.float32, device="
     config = SimpleNamespace(
         num_experts=EXPERTS, hidden_size=WIDTH * scale, moe_intermediate_size=EXPERT_WIDTH * scale
     )
-    bank = bank_builder(placement, page_size)(config).to(device=device, dtype=dtype)
+    bank = ordinary_placement(placement, page_size).build_bank(config).to(device=device, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     pages = list(getattr(bank, "pages", [bank]))
     stacked = []
@@ -96,11 +97,11 @@ def test_unused_experts_have_gradients_of_exactly_zero():
 
 
 @pytest.mark.parametrize("counts", [[0, 0, 0], [0, 4, 0], [1, 0, 0], [2, 3, 4]])
-def test_grouped_linear_takes_experts_without_rows(counts):
+def test_grouped_matmul_takes_experts_without_rows(counts):
     generator = torch.Generator().manual_seed(4)
     rows = torch.randn(sum(counts), 5, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, 6, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    output = grouped_linear(rows, weight, torch.tensor(counts))
+    output = grouped_matmul(rows, weight.transpose(1, 2), Groups(torch.tensor(counts)))
     assert output.shape == (sum(counts), 6)
     output.sum().backward()
     assert rows.grad.shape == rows.shape

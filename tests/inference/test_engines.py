@@ -43,9 +43,10 @@ else:
 def run(checkpoint: Path, tmp_path: Path, settings: dict, *launcher: str, device: str = "cpu") -> dict:
     script = tmp_path / "compare.py"
     script.write_text(SCRIPT)
+    python_path = os.pathsep.join([str(REPOSITORY), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     result = subprocess.run(
         [sys.executable, *launcher, str(script), str(checkpoint), json.dumps(settings), device],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device},
+        env={**os.environ, "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device},
         capture_output=True,
         text=True,
         timeout=300,

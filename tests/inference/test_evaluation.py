@@ -219,6 +219,37 @@ def test_no_targets_give_no_number_but_no_error(loaded) -> None:
     assert row["tokens"] == 0
 
 
+@pytest.mark.parametrize("routing", ["token", "step"])
+def test_the_training_choice_is_measured_for_step_routing_alone(byte_tokenizer, routing) -> None:
+    """A pool of all experts leaves no gap, and the losses of token routing."""
+    import torch
+
+    from data.loader import prepare_rows
+    from model import PragnosiaConfig, PragnosiaForCausalLM
+    from training.config import DataArguments
+
+    rows = [{"question": f"How much is {n}?", "answer": str(n)} for n in range(12)]
+    data = prepare_rows(rows, DataArguments(max_length=64, validation_fraction=0.0), byte_tokenizer).train
+    where = {"batch_size": 2, "rank": 0, "world_size": 1, "device": "cpu"}
+
+    def losses(**fields) -> dict[str, float]:
+        torch.manual_seed(0)
+        sizes = {"vocab_size": len(byte_tokenizer), "hidden_size": 32, "moe_intermediate_size": 16, **fields}
+        model = PragnosiaForCausalLM(PragnosiaConfig(initializer_range=0.4, **sizes)).train()
+        found = evaluate_loss(model, {"reasoning": data}, **where)
+        assert model.training and found["reasoning"] == pytest.approx(found["overall"])
+        return found["overall"]
+
+    if routing == "token":
+        assert not [name for name in losses() if "choice" in name]
+        return
+    row = losses(routing="step", expert_pool=3)
+    assert row["choice_gap"] == pytest.approx(row["loss"] - row["training_choice_loss"]) and row["choice_gap"]
+    every = losses(routing="step", expert_pool=8)
+    assert every["choice_gap"] == pytest.approx(0, abs=1e-6)
+    assert every["loss"] == pytest.approx(losses()["loss"], rel=1e-6)
+
+
 def test_help_imports_no_torch() -> None:
     code = (
         "import runpy, sys; sys.argv = ['eval_ds.py', '--help']\n"

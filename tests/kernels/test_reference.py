@@ -41,6 +41,50 @@ def test_choices_and_weights(case):
     torch.testing.assert_close(routing.weights_TK, expected, rtol=1e-4, atol=1e-6)
 
 
+@given(routed(), st.booleans(), st.integers(0, 2**32 - 1))
+def test_choices_within_the_allowed_experts(case, one_for_all, seed):
+    """As if the others did not exist, but for the statistics: those are of the softmax over all."""
+    logits_TE, num_active, renormalise, valid_T = case
+    generator = torch.Generator().manual_seed(seed)
+    experts = logits_TE.shape[1]
+    order = torch.rand((1 if one_for_all else len(logits_TE), experts), generator=generator).argsort(1)
+    allowed = torch.rand(order.shape, generator=generator) < 0.3
+    allowed.scatter_(1, order[:, :num_active], True)  # at least K
+    mask = allowed[0] if one_for_all else allowed
+    routing, statistics = route(logits_TE, num_active, renormalise, valid_T, mask)
+    allowed = allowed.expand_as(logits_TE)
+    _, unlimited = route(logits_TE, num_active, renormalise, valid_T)
+    for found, expected in (
+        (statistics.z_sum, unlimited.z_sum),
+        (statistics.entropy_sum, unlimited.entropy_sum),
+    ):
+        assert torch.equal(found, expected)
+    probs_TE = logits_TE.softmax(-1)
+    for token, pool_E in enumerate(allowed):
+        pool = pool_E.nonzero().flatten()
+        (alone, _), ids = route(logits_TE[token, pool][None], num_active, renormalise), routing.ids_TK[token]
+        assert pool_E[ids].all() and len(set(ids.tolist())) == num_active
+        assert torch.equal(logits_TE[token, ids], logits_TE[token, pool[alone.ids_TK[0]]])
+        weights = alone.weights_TK[0] if renormalise else probs_TE[token, ids]
+        torch.testing.assert_close(routing.weights_TK[token], weights, rtol=1e-4, atol=1e-6)
+    real = torch.ones(len(logits_TE), dtype=torch.bool) if valid_T is None else valid_T
+    assert torch.equal(
+        statistics.load_E, torch.bincount(routing.ids_TK[real].flatten(), minlength=experts).float()
+    )
+    share_E = statistics.load_E / real.sum().clamp(min=1)
+    expected = experts * (share_E * probs_TE[real].sum(0)).sum()
+    torch.testing.assert_close(statistics.balance_sum, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_allowed_experts_that_are_next_to_impossible_still_share_the_token():
+    logits_TE = torch.tensor([[300.0, 1.0, 0.0, 2.0]], requires_grad=True)
+    routing, _ = route(logits_TE, 2, allowed=torch.tensor([False, True, True, True]))
+    assert routing.ids_TK.tolist() == [[3, 1]]
+    torch.testing.assert_close(routing.weights_TK, torch.tensor([[2.0, 1.0]]).softmax(-1))
+    routing.weights_TK[0, 0].backward()
+    assert logits_TE.grad[0, [1, 3]].abs().min() > 0.1 and not logits_TE.grad[0, [0, 2]].any()
+
+
 @given(routed())
 def test_rows_are_sorted_by_expert_then_token(case):
     logits_TE, num_active, renormalise, valid_T = case

@@ -13,6 +13,11 @@ from model import PragnosiaConfig, PragnosiaForCausalLM
         ({"num_experts_per_tok": 0}, ("0", "8", "--num-active-experts")),
         ({"num_attention_heads": 6, "num_key_value_heads": 4}, ("6", "4", "multiple")),
         ({"head_dim": 7}, ("7", "even")),
+        ({"routing": "steps"}, ("'steps'", "token", "step")),
+        ({"routing": "step", "expert_pool": 1}, ("pool of 1", "8", "2", "--expert-pool")),
+        ({"routing": "step", "expert_pool": 9}, ("pool of 9", "8", "2", "--expert-pool")),
+        ({"routing": "step", "expert_pool": 0}, ("pool of 0", "--expert-pool")),
+        ({"expert_pool": 4}, ("--expert-pool 4", "--routing step")),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(fields, words):
@@ -36,6 +41,19 @@ def test_counts_equal_the_built_module(tied, num_active):
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     unused = experts * (5 - num_active) // 5
     assert config.active_params() == config.num_params() - unused
+
+
+def test_a_pool_is_as_large_as_a_token_needs_unless_said():
+    assert PragnosiaConfig(routing="step", num_experts_per_tok=3).expert_pool == 3
+    assert PragnosiaConfig(routing="step", expert_pool=5).expert_pool == 5
+    assert PragnosiaConfig().expert_pool is None
+
+
+@pytest.mark.parametrize("fields", [{"routing": "step"}, {"routing": "step", "expert_pool": 4}])
+def test_routing_survives_a_file(tmp_path, fields):
+    config = PragnosiaConfig(**fields)
+    config.save_pretrained(tmp_path)
+    assert PragnosiaConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
 def test_config_survives_a_file(tmp_path):

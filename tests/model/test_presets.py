@@ -77,6 +77,7 @@ def test_custom_sizes_fit_together(hidden_size, num_active):
         ({"model_size": "tiny", "num_layers": 3}, ("--num-layers", "custom", "tiny")),
         ({"model_size": "tiny", "num_active_experts": 9}, ("9", "8", "--num-active-experts")),
         ({"model_size": "tiny", "num_experts": 1}, ("2", "1", "--num-experts")),
+        ({"routing": "step", "expert_pool": 9}, ("pool of 9", "8", "--expert-pool")),
         (
             {"model_size": "custom", "hidden_size": 100, "num_layers": 2, "num_experts": 4},
             ("--hidden-size 100", "32", "96"),

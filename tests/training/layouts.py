@@ -3,15 +3,16 @@
 usage: layouts.py LAYOUTS.json OUT.pt — a list of layouts in, a list of results out (see `train`).
 
 A layout is a dictionary: `stage`, and what differs from one rank's plain fp32 run: `placement`, `page_size`,
-`offload` (cpu or a directory for nvme), `precision`, `accumulation`, `clip`, `checkpointing`, `z`, `router`,
-`steps` (numbers of the batches trained on), `poisoned` and `emptied` (lists of [step, row]); with `plain` it
-is PyTorch alone.
+`slots`, `state`, `offload` (cpu, optimizer, or a directory for nvme), `precision`, `accumulation`, `clip`,
+`checkpointing`, `z`, `router`, `pool`, `steps` (numbers of the batches trained on), `poisoned` and `emptied`
+(lists of [step, row]); with `plain` it is PyTorch alone.
 """
 
 import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -21,11 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deepspeed.utils import safe_get_full_grad
 
 from experts import canonical
+from experts.placement import ordinary_placement
 from model import PragnosiaForCausalLM
 from model.presets import preset_config
 from training import deepspeed_config
 from training.config import TrainingArguments
-from training.engine import DTYPES, build_engine, build_model, start_ranks
+from training.engine import DTYPES, build_engine, build_model, build_placement, start_ranks
+from training.estimate import StreamPlan
 from training.step import count_targets, reduce_results, train_step
 from training.weights import exported_tensors, fill, initial_weights
 
@@ -66,6 +69,8 @@ def completed_config(layout: dict, args: TrainingArguments, ranks, directory: Pa
     offload = layout.get("offload")
     if offload == "cpu":
         zero |= {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
+    elif offload == "optimizer":
+        zero |= {"offload_optimizer": {"device": "cpu"}}
     elif offload is not None:
         nvme = {"device": "nvme", "nvme_path": offload}
         zero |= {"offload_param": nvme | {"buffer_size": 10**6}, "offload_optimizer": nvme}
@@ -86,7 +91,22 @@ def model_config(layout: dict):
     return preset_config(
         "tiny", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, moe_intermediate_size=16, head_dim=8,
         router_aux_loss_coef=0.0, router_z_loss_coef=layout.get("z", 0.01),
+        routing="step" if "pool" in layout else "token", expert_pool=layout.get("pool"),
     )  # fmt: skip
+
+
+def place(layout: dict, args: TrainingArguments, ranks):
+    name = layout.get("placement", "resident")
+    if name != "streamed":
+        return ordinary_placement(name, layout.get("page_size"))
+    stream = StreamPlan(layout.get("page_size", 3), layout.get("slots", 3), layout.get("state", "fp32"), 0, 0)
+    plan = SimpleNamespace(
+        config=model_config(layout),
+        stream=stream,
+        page_size=stream.page_size,
+        precision=layout.get("precision", "fp32"),
+    )
+    return build_placement(plan, args, ranks)
 
 
 def train_plain(layout: dict) -> dict:
@@ -116,7 +136,8 @@ def train_plain(layout: dict) -> dict:
 def train(layout: dict, ranks, directory: Path) -> dict:
     """`losses`, gradient `norms` and whether `applied`, a step; exported `weights` after the last one.
 
-    `gradients`, `sums` and router `load` are those of the first step.
+    `gradients`, `sums` and router `load` are those of the first step; `updates` how often each streamed expert
+    was updated, a list of [E, 1] a layer.
     """
     accumulation = layout.get("accumulation", 1)
     args = TrainingArguments(
@@ -129,8 +150,8 @@ def train(layout: dict, ranks, directory: Path) -> dict:
     )
     ds_config = completed_config(layout, args, ranks, directory)
     model = build_model(
-        model_config(layout), SOURCE, ds_config, placement=layout.get("placement", "resident"),
-        page_size=layout.get("page_size"), device=ranks.device, dtype=DTYPES[layout.get("precision", "fp32")],
+        model_config(layout), SOURCE, ds_config, placement=place(layout, args, ranks),
+        device=ranks.device, dtype=DTYPES[layout.get("precision", "fp32")],
     )  # fmt: skip
     model.model.embed_tokens.register_forward_hook(poison)
     if "router" in layout:
@@ -146,8 +167,9 @@ def train(layout: dict, ranks, directory: Path) -> dict:
         norms.append(result.grad_norm)
         applied.append(result.applied)
     weights = dict(exported_tensors(engine.module))
+    updates = [store.arrays["updates"].clone() for store in getattr(model.placement, "stores", ())]
     engine.destroy()
-    trained = {"losses": losses, "norms": norms, "applied": applied, "weights": weights}
+    trained = {"losses": losses, "norms": norms, "applied": applied, "weights": weights, "updates": updates}
     return {**trained, **first, "gradients": gradients}
 
 

@@ -76,6 +76,10 @@ def test_every_field_is_set_by_its_flag(settings, name):
     value, words = other_value(field)
     if name in ("hidden_size", "num_layers"):
         words = ["--model-size=custom", "--num-experts=8", "--hidden-size=3", "--num-layers=3"]
+    if name == "expert_pool":
+        words += ["--routing=step"]
+    if name == "expert_vram":
+        value, words = "3GB", ["--expert-vram=3GB"]
     run = parse(words)
     found = next(s for s in (run.model, run.data, run.training) if isinstance(s, settings))
     assert getattr(found, name) == value != field.default
@@ -98,6 +102,8 @@ def test_every_field_is_set_by_its_flag(settings, name):
         (["--learning-rate", "inf"], "--learning-rate must be a number"),
         (["--validation-fraction", "0.9"], "must be at most 0.5"),
         (["--model-size", "350m"], "did you mean 350M?"),
+        (["--routing", "steps"], "--routing must be one of token, step, not 'steps': did you mean step?"),
+        (["--expert-pool", "4"], "--expert-pool 4 needs --routing step"),
         (["--lr-scheduler", "cosin"], "did you mean cosine?"),
         (["--report-to", "wandb,tensorbord"], "did you mean tensorboard?"),
         (["--report-to", "wandb,none"], "none cannot stand beside others"),
@@ -167,7 +173,7 @@ def test_python_api_gives_the_same_errors():
     ("words", "placement"),
     [
         ([], "auto"),
-        (["--offload-to-cpu"], "zero3"),
+        (["--offload-to-cpu"], "streamed"),
         (["--no-offload-to-cpu"], "resident"),
         (["--placement", "zero3"], "zero3"),
     ],

@@ -21,7 +21,7 @@ MACHINES = ("consumer", "consumer_nvme", "a100_node", "a100_cluster")
 
 
 def placement_named(name: str) -> str:
-    return "zero3" if "consumer" in name or "zero3" in name else "resident"
+    return "zero3" if "consumer" in name or "zero3" in name else "streamed" if "streamed" in name else "resident"
 
 
 def load_text(tmp_path, text: str | dict, placement="resident", precision="bf16", world_size=1, **arguments):
@@ -35,12 +35,15 @@ def test_every_preset_has_every_machine_class():
     assert set(SHIPPED) == {f"{p}_{m}.json" for p in NOMINAL_PARAMETERS for m in MACHINES} | {
         "cpu.json",
         "cpu_zero3.json",
+        "streamed.json",
+        "streamed_offload.json",
     }
 
 
 def test_readme_names_every_machine_class_and_preset():
     text = (DIRECTORY / "README.md").read_text()
-    for name in ["`cpu.json`", "`cpu_zero3.json`", *(f"`<preset>_{machine}.json`" for machine in MACHINES)]:
+    alone = ["`cpu.json`", "`cpu_zero3.json`", "`streamed.json`", "`streamed_offload.json`"]
+    for name in [*alone, *(f"`<preset>_{machine}.json`" for machine in MACHINES)]:
         assert name in text
     for preset in NOMINAL_PARAMETERS:
         assert f"| `{preset}` |" in text
@@ -62,10 +65,10 @@ def test_shipped_files_load_into_deepspeed(name, precision):
     assert understood.bfloat16_config.enabled == (precision == "bf16")
     assert understood.float16_config.enabled == (precision == "fp16")
     assert precision_of(config) == precision
-    assert placement_of(name) == placement_named(name)
+    offloads = placement_named(name) == "zero3" or name == "streamed_offload.json"
+    assert placement_of(name) == (placement_named(name) if offloads else "auto")
     with pytest.raises(UserError):
-        wrong = "zero3" if placement_named(name) == "resident" else "resident"
-        load(name, args, placement=wrong, precision=precision, world_size=1)
+        load(name, args, placement="resident" if offloads else "zero3", precision=precision, world_size=1)
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if "consumer" in name])
@@ -98,6 +101,8 @@ def test_batch_arithmetic_counts_the_ranks(tmp_path):
         (("13B", "zero3", "cuda", 1, 1), "13B_consumer.json"),
         (("3B", "resident", "cuda", 8, 1), "3B_a100_node.json"),
         (("7B", "resident", "cuda", 16, 2), "7B_a100_cluster.json"),
+        (("7B", "streamed", "cuda", 2, 1), "streamed.json"),
+        (("tiny", "streamed", "cpu", 1, 1), "cpu.json"),
     ],
 )
 def test_default_path(arguments, name):

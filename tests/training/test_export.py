@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from experts import bank_builder
+from experts.placement import ordinary_placement
 from model import PragnosiaConfig, PragnosiaForCausalLM
 from training.checkpoint import load_config, load_model
 from training.config import UserError
@@ -45,7 +45,7 @@ def small_model(
     fields = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8, "num_experts": 4}
     fields |= {"moe_intermediate_size": 16, "pad_token_id": 0, "eos_token_id": 1}
     model = PragnosiaForCausalLM(
-        PragnosiaConfig(**{**fields, **overrides}), bank_builder(placement, page_size)
+        PragnosiaConfig(**{**fields, **overrides}), ordinary_placement(placement, page_size).build_bank
     )
     fill(model, initial_weights(5, 0.3))
     return model.eval()
@@ -86,7 +86,7 @@ def test_a_qwen3_moe_of_transformers_is_a_start(tokenizer, tmp_path, placement, 
     theirs.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     config = from_qwen3_moe(tmp_path)
-    model = PragnosiaForCausalLM(config, bank_builder(placement, page_size)).eval()
+    model = PragnosiaForCausalLM(config, ordinary_placement(placement, page_size).build_bank).eval()
     fill(model, directory_weights(tmp_path))
     assert_equal_logits(model(IDS).logits, theirs(IDS).logits)
 
@@ -173,7 +173,11 @@ torch.save({
 """
 
 
-@pytest.mark.parametrize("overrides", [{}, {"tie_word_embeddings": False}], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"tie_word_embeddings": False}, {"routing": "step", "expert_pool": 3}],
+    ids=["tied", "untied", "step routing"],
+)
 def test_our_format_loads_outside_the_repository(tokenizer, tmp_path, overrides):
     model = small_model(**overrides)
     directory = exported(model, tokenizer, tmp_path / "exported model")
@@ -192,7 +196,7 @@ def test_our_format_loads_outside_the_repository(tokenizer, tmp_path, overrides)
     prompt = torch.tensor([[3, 14, 15, 9], [0, 0, 9, 7]])
     answer = model.generate(prompt, attention_mask=(prompt > 0).long(), max_new_tokens=6, do_sample=False)
     assert torch.equal(found["answer"], answer) and torch.equal(found["no_cache"], answer)
-    assert found["loss"].item() == pytest.approx(model(prompt, labels=prompt).loss.item(), rel=1e-5)
+    assert found["loss"].item() == pytest.approx(model.train()(prompt, labels=prompt).loss.item(), rel=1e-5)
     assert found["config"] == model.config.num_params()
 
 

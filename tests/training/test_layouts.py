@@ -14,10 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from training.weights import initial_weights
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 
 WORKER = Path(__file__).with_name("layouts.py")
-TIMEOUT = 300  # seconds for all layouts of one rank count: a rank that waits for another never ends
+TIMEOUT = 450  # seconds for all layouts of one rank count: a rank that waits for another never ends
+
+SOURCE = initial_weights(0, 0.05)  # that of layouts.py
 
 PAGED = {"stage": 3, "placement": "zero3", "offload": "cpu"}
 PLACED = {
@@ -52,6 +56,12 @@ SHORT = {  # the same for fewer steps
     **{f"2 ranks, recompute, {name}": {"ranks": 2, "checkpointing": True, **x} for name, x in FOUR.items()},
 }
 SHORT = {name: {"steps": [0, 1, 2, 3], **layout} for name, layout in SHORT.items()}
+STEP_REFERENCE = "1 rank, step routing, stage 0"
+STEP_ROUTING = {  # a pool of 3 of the 8 experts, which the ranks choose together
+    f"{ranks} rank, step routing, {name}": {"ranks": ranks, "pool": 3, "steps": [0, 1, 2, 3], **layout}
+    for ranks in (1, 2)
+    for name, layout in (*FOUR.items(), ("recompute", {**FOUR["zero3"], "checkpointing": True}))
+}
 PLAIN = {"plain PyTorch": {"ranks": 1, "plain": True, "steps": list(range(20))}}
 BF16 = {
     f"{ranks} rank, bf16, {name}": {"ranks": ranks, "precision": "bf16", "steps": list(range(10)), **layout}
@@ -87,8 +97,79 @@ for name, layout in FOUR.items():
         case = f"{ranks} rank, NaN in row {rows} of {accumulation} microbatches, {name}"
         fields = {**SCALE_FREE, "ranks": ranks, "accumulation": accumulation, **poison, **layout}
         NAN[case] = (fields, reference)
+# Streamed experts are clipped one by one, so they are compared with others where nothing is clipped, or with
+# each other.
+STREAMED = {"placement": "streamed", "clip": 0, "steps": list(range(6))}
+STREAMED_REFERENCE = "1 rank, stage 0, not clipped"
+STREAMED_STEP_REFERENCE, STREAMED_FORCED_REFERENCE = (
+    "1 rank, streamed, step routing, stage 0",
+    "2 ranks, forced",
+)
+PLACED_STREAMS = {
+    "stage 0": {"stage": 0},
+    "stage 2": {"stage": 2},
+    "stage 3": {"stage": 3},
+    "dense offload": {"stage": 2, "offload": "optimizer"},
+    "recompute": {"stage": 2, "checkpointing": True},
+    "pages of 1": {"stage": 0, "page_size": 1, "slots": 2},
+    "one page": {"stage": 1, "page_size": 8, "slots": 2},
+    "2 microbatches": {"stage": 0, "accumulation": 2, "slots": 2},
+    "2 microbatches, stage 2": {"stage": 2, "accumulation": 2, "page_size": 1},
+    "2 microbatches, dense offload": {"stage": 2, "offload": "optimizer", "accumulation": 2},
+    "2 microbatches, recompute": {"stage": 3, "accumulation": 2, "checkpointing": True},
+}
+STREAMED_EQUAL = {
+    STREAMED_REFERENCE: {"ranks": 1, **STREAMED, "placement": "resident", "stage": 0},
+    "1 rank, streamed, 4 microbatches": {"ranks": 1, **STREAMED, "stage": 0, "accumulation": 4},
+} | {
+    f"{ranks} rank, streamed, {name}": {"ranks": ranks, **STREAMED, **layout}
+    for ranks in (1, 2)
+    for name, layout in PLACED_STREAMS.items()
+}
+STREAMED_STEP_ROUTING = {
+    f"{ranks} rank, streamed, step routing, {name}": {
+        "ranks": ranks, "pool": 3, **STREAMED, **PLACED_STREAMS[name]
+    }
+    for ranks in (1, 2)
+    for name in ("stage 0", "stage 3", "recompute", "one page")
+}  # fmt: skip
+STREAMED_BF16 = {
+    f"{ranks} rank, streamed, bf16, {name}": {"ranks": ranks, **STREAMED, "precision": "bf16", **layout}
+    for ranks in (1, 2)
+    for name, layout in (
+        ("fp32 state", {"stage": 0, "state": "fp32"}),
+        ("bf16 state", {"stage": 1, "state": "bf16"}),
+        ("int8 state", {"stage": 3, "state": "int8"}),
+        (
+            "int8 state, dense offload",
+            {"stage": 2, "offload": "optimizer", "state": "int8", "accumulation": 2},
+        ),
+    )
+}
+STREAMED_FORCED = {
+    STREAMED_FORCED_REFERENCE: {**STREAMED, "placement": "resident", "stage": 0},
+    **{
+        f"2 ranks, streamed, forced router, {name}": {**STREAMED, **PLACED_STREAMS[name]}
+        for name in ("stage 0", "stage 3", "dense offload", "recompute", "pages of 1", "one page")
+    },
+}
+STREAMED_FORCED = {
+    name: {"ranks": 2, "router": [[0, 1], [2, 3]], **layout} for name, layout in STREAMED_FORCED.items()
+}
+STREAMED_NAN_REFERENCES = {
+    f"streamed, {name}": {**layout, "placement": "streamed"} for name, layout in NAN_REFERENCES.items()
+}
+STREAMED_NAN = {
+    f"{case}, streamed": ({**layout, "placement": "streamed"}, f"streamed, {reference}")
+    for case, (layout, reference) in NAN.items()
+    if case.endswith(("stage 0", "stage 2"))
+}
+NAN |= STREAMED_NAN
 POISONED = {case: fields for case, (fields, _) in NAN.items()}
-LAYOUTS = {**PLAIN, **EQUAL, **SHORT, **BF16, **FORCED, **NAN_REFERENCES, **POISONED}
+LAYOUTS = {
+    **PLAIN, **EQUAL, **SHORT, **STEP_ROUTING, **BF16, **FORCED, **NAN_REFERENCES, **POISONED,
+    **STREAMED_EQUAL, **STREAMED_STEP_ROUTING, **STREAMED_BF16, **STREAMED_FORCED, **STREAMED_NAN_REFERENCES,
+}  # fmt: skip
 
 GRADIENT_TOLERANCE = 1e-5  # relative, a tensor: sums in another order
 LOSS_TOLERANCE = 1e-5  # relative, every step
@@ -179,11 +260,13 @@ def assert_close(found: dict, expected: dict, tolerance: float) -> None:
     assert errors[worst] <= tolerance, f"{worst}: {errors[worst]:.1e}"
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in (*EQUAL, *SHORT) if name not in (REFERENCE, SHORT_REFERENCE)]
-)
+REFERENCES = (REFERENCE, SHORT_REFERENCE, STEP_REFERENCE)
+
+
+@pytest.mark.parametrize("name", [name for name in (*EQUAL, *SHORT, *STEP_ROUTING) if name not in REFERENCES])
 def test_layouts_are_equal(results, name):
-    found, expected = results[name], results[REFERENCE if name in EQUAL else SHORT_REFERENCE]
+    matrix = next(index for index, cases in enumerate((EQUAL, SHORT, STEP_ROUTING)) if name in cases)
+    found, expected = results[name], results[REFERENCES[matrix]]
     assert_close(found["gradients"], expected["gradients"], GRADIENT_TOLERANCE)
     assert found["losses"] == pytest.approx(expected["losses"], rel=LOSS_TOLERANCE)
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
@@ -212,16 +295,25 @@ def test_the_sums_of_a_step(results):
     assert 0 < found["sums"]["entropy"] / tokens < 2.0795 and found["sums"]["z"] / tokens > 4
 
 
+def test_a_step_uses_its_pool_alone(results):
+    """Of every layer 3 experts have rows and gradients; token routing used more."""
+    found = results[STEP_REFERENCE]
+    assert ((found["load"] > 0).sum(1) == 3).all() and ((results[REFERENCE]["load"] > 0).sum(1) > 3).all()
+    for tensor, gradient in found["gradients"].items():
+        if ".experts." in tensor:
+            assert gradient.flatten(1).any(1).sum() == 3, tensor
+
+
 def test_the_reference_learns(results):
     """Equality of models that stand still would prove nothing."""
     losses = results[REFERENCE]["losses"]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5]) and all(results[REFERENCE]["applied"])
 
 
-@pytest.mark.parametrize("name", BF16)
+@pytest.mark.parametrize("name", [*BF16, *STREAMED_BF16])
 def test_bf16_layouts_follow_fp32(results, name):
     found = results[name]["losses"]
-    expected = results[REFERENCE]["losses"][: len(found)]
+    expected = results[STREAMED_REFERENCE if name in STREAMED_BF16 else REFERENCE]["losses"][: len(found)]
     assert found == pytest.approx(expected, rel=BF16_LOSS_TOLERANCE)
     assert found[-1] != expected[-1], "this was not bf16"
 
@@ -237,12 +329,55 @@ def test_ranks_that_use_other_experts_agree(results, name):
     assert_close(found["weights"], expected["weights"], WEIGHT_TOLERANCE)
 
 
+def assert_streamed_close(found: dict, expected: dict, num_always: int) -> None:
+    """Losses, dense gradients and weights; of experts those that had gradients in all steps, or in none.
+
+    Streamed experts without a gradient are left as they are, ordinary ones decay. `num_always`: of 8 experts a
+    layer, how many at least must have been updated in all steps.
+    """
+    dense = {name: value for name, value in expected["gradients"].items() if ".experts." not in name}
+    assert_close(found["gradients"], dense, GRADIENT_TOLERANCE)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=LOSS_TOLERANCE)
+    assert torch.equal(found["load"], expected["load"])
+    weights, oracle = dict(found["weights"]), dict(expected["weights"])
+    for name in [name for name in weights if ".experts." in name]:
+        updates_E = found["updates"][int(name.split(".")[2])][:, 0]
+        always, never = updates_E == len(found["losses"]), updates_E == 0
+        assert always.sum() >= num_always
+        assert torch.equal(weights[name][never], SOURCE(name, weights[name].shape, None)[never])
+        weights[name], oracle[name] = weights[name][always], oracle[name][always]
+    assert_close(weights, oracle, WEIGHT_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", [name for name in STREAMED_EQUAL if name != STREAMED_REFERENCE])
+def test_streamed_experts_equal_resident_ones(results, name):
+    assert_streamed_close(results[name], results[STREAMED_REFERENCE], num_always=7)
+
+
+@pytest.mark.parametrize("name", [name for name in STREAMED_FORCED if name != STREAMED_FORCED_REFERENCE])
+def test_ranks_that_stream_other_experts_agree(results, name):
+    """Experts 4 to 7 are used by no rank and stay what they were."""
+    assert_streamed_close(results[name], results[STREAMED_FORCED_REFERENCE], num_always=4)
+    assert not any(updates[4:].any() for updates in results[name]["updates"])
+
+
+@pytest.mark.parametrize("name", STREAMED_STEP_ROUTING)
+def test_streamed_pools_are_equal(results, name):
+    """In the first step equal to resident ones; later they differ from these in the experts of earlier pools."""
+    found, expected = results[name], results[STREAMED_STEP_REFERENCE]
+    assert found["losses"][0] == pytest.approx(results[STEP_REFERENCE]["losses"][0], rel=LOSS_TOLERANCE)
+    assert_close(found["gradients"], expected["gradients"], GRADIENT_TOLERANCE)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=LOSS_TOLERANCE)
+    assert torch.equal(torch.stack(found["updates"]), torch.stack(expected["updates"]))
+    assert_close(found["weights"], expected["weights"], WEIGHT_TOLERANCE)
+
+
 @pytest.mark.parametrize("name", NAN)
 def test_a_microbatch_with_a_loss_of_nan_leaves_no_trace(results, name):
     _, reference = NAN[name]
     found, expected = results[name], results[reference]
     losses = [loss for loss, applied in zip(found["losses"], found["applied"], strict=True) if applied]
-    assert found["applied"] == [True, True, reference != "step left out", True]
+    assert found["applied"] == [True, True, "step left out" not in reference, True]
     assert losses == pytest.approx(expected["losses"], rel=LOSS_TOLERANCE)
     assert_close(found["weights"], expected["weights"], WEIGHT_TOLERANCE)
 

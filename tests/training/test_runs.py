@@ -151,7 +151,7 @@ def bad(data, tmp_path, *flags, expect=2):
         (("--resume", "nowhere"), ("--resume nowhere",)),
         (("--init-from", "nowhere"), ("--init-from nowhere",)),
         (("--learning-rat", "1"), ("--learning-rate",)),
-        (("--expert-page-size", "3"), ("--expert-page-size 3", "4 experts")),
+        (("--expert-page-size", "3", "--placement", "zero3"), ("--expert-page-size 3", "4 experts")),
         (("--device", "cuda"), ("--device cuda", "--device cpu")),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from experts import bank_builder
+from experts.placement import ordinary_placement
 from model import PragnosiaConfig, PragnosiaForCausalLM
 from training import weights
 from training.config import UserError
@@ -29,7 +29,7 @@ def build(placement: str = "resident", page_size: int | None = None, **overrides
     fields = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "head_dim": 8}
     fields["moe_intermediate_size"] = 12
     model = PragnosiaForCausalLM(
-        PragnosiaConfig(**{**fields, **overrides}), bank_builder(placement, page_size)
+        PragnosiaConfig(**{**fields, **overrides}), ordinary_placement(placement, page_size).build_bank
     )
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,0 +1,356 @@
+"""One cell of a benchmark: an engine in processes of its own, steps that are timed, memory that is measured.
+
+A cell runs in fresh processes, one a GPU, on random tokens and through the trainer's own engine and step, so that
+peaks of memory do not mix. Cells that differ in their load alone, rows of a microbatch and recomputation, may
+share an engine, which is built once and takes one load after the other. A cell that fails is a row with its error.
+
+What a row holds: median and range of the step time in seconds, real tokens of all ranks a second, model TFLOP/s
+(6 · active parameters · tokens, without attention scores); in GB (1e9 bytes) of the rank that has most, peaks of
+allocated and reserved GPU memory while building and in the steps, and the resident size of the process at its
+largest until then; for streamed experts what they take on the host and what a step moves over the bus of a rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from benchmarks.results import REPOSITORY, report, write
+
+WARMUP = 3
+PATIENCE_S = 600  # without a new row: a cell that hangs is ended
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is measured. Fields without a line of their own are flags of `train_ds.py`; None: its default."""
+
+    model_size: str
+    placement: str
+    """resident, streamed, zero3, or fsdp2 (torch's CPU offload; pages, if a page size is given)."""
+    batch_size: int
+    max_length: int = 512
+    steps: int = 10
+    device: str | None = None
+    num_gpus: int = 1
+    """Ranks; each computes `batch_size` rows."""
+    name: str | None = None
+    """What the cell is called in a benchmark that compares settings."""
+    num_experts: int | None = None
+    routing: str = "token"
+    deepspeed_config: str | None = None
+    expert_page_size: int | None = None
+    expert_state: str | None = None
+    """With fsdp2: fp32 or bf16, of weights and optimizer state alike."""
+    expert_vram: str | None = None
+    gradient_checkpointing: bool = False
+
+    def engine(self) -> Cell:
+        """The cell without its load: equal for cells that can share an engine."""
+        return replace(self, batch_size=1, gradient_checkpointing=False)
+
+    def named(self) -> dict:
+        """The columns that tell cells apart."""
+        names = {"name": self.name} if self.name else {}
+        columns = ("model_size", "placement", "batch_size", "max_length", "num_gpus")
+        return names | {column: getattr(self, column) for column in columns}
+
+
+# -- in the processes of a cell ------------------------------------------------------------------------------
+
+
+def measure(cells: Sequence[Cell]) -> Iterator[dict]:
+    """Build the engine that the cells share, run the steps of each, yield its row; collective."""
+    import torch
+
+    first = cells[0]
+    engine, config, ranks, plan_of = build(first)
+    build_peaks = device_peaks()
+    for cell in cells:
+        if cell != first and build_peaks:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        engine.module.model.gradient_checkpointing = cell.gradient_checkpointing
+        row = {"experts": config.num_experts, "routing": config.routing}
+        row |= timed_steps(engine, config, cell, ranks)
+        peaks = {key: max(peak, build_peaks[key]) for key, peak in device_peaks().items()}
+        peaks["host_rss_gb"] = host_peak() / 1e9
+        most = torch.tensor(list(peaks.values()), dtype=torch.float64, device=ranks.device)
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+        row |= dict(zip(peaks, most.tolist(), strict=True))
+        yield row | described(plan_of(cell)) | {"checkpointing": "yes" if cell.gradient_checkpointing else ""}
+
+
+def build(cell: Cell) -> tuple:
+    """(engine, model configuration, ranks, plan of a cell or None under fsdp2), on the rank this process is."""
+    from model.presets import preset_config
+    from training.config import TrainingArguments
+    from training.engine import DTYPES, build_engine, build_model, build_placement, start_ranks
+    from training.plan import check_host_memory, make_plan, resolve_device
+    from training.weights import initial_weights
+
+    device = resolve_device(cell.device)
+    experts = {} if cell.num_experts is None else {"num_experts": cell.num_experts}
+    config = preset_config(cell.model_size, routing=cell.routing, **experts)
+    weights = initial_weights(0, config.initializer_range)
+    if cell.placement == "fsdp2":
+        from benchmarks import fsdp2
+
+        ranks = fsdp2.start_ranks(device)
+        state = DTYPES[cell.expert_state or "fp32"]
+        engine = fsdp2.build_engine(config, weights, ranks.device, cell.expert_page_size, state)
+        return engine, config, ranks, lambda _: None
+    ranks = start_ranks(device)
+
+    def arguments(load: Cell) -> TrainingArguments:
+        return TrainingArguments(
+            per_device_train_batch_size=load.batch_size,
+            placement=load.placement,
+            deepspeed_config=load.deepspeed_config,
+            expert_page_size=load.expert_page_size,
+            expert_state=load.expert_state,
+            expert_vram=load.expert_vram,
+            gradient_checkpointing=load.gradient_checkpointing,
+        )
+
+    def plan_of(load: Cell):
+        return make_plan(
+            config, arguments(load), size=load.model_size, max_length=load.max_length, device=device,
+            world_size=ranks.world_size,
+        )  # fmt: skip
+
+    args, plan = arguments(cell), plan_of(cell)
+    check_host_memory(plan, ranks.world_size)
+    model = build_model(
+        config,
+        weights,
+        plan.ds_config,
+        placement=build_placement(plan, args, ranks),
+        device=ranks.device,
+        dtype=DTYPES[plan.precision],
+    )
+    return build_engine(model, args, plan.ds_config), config, ranks, plan_of
+
+
+def timed_steps(engine, config, cell: Cell, ranks) -> dict:
+    """Times of the cell's steps after the warm-up, the last loss, and the bytes that a step moves."""
+    import torch
+
+    from training.step import reduce_results, train_step
+
+    shape = (cell.batch_size, cell.max_length)
+    generator = torch.Generator().manual_seed(ranks.rank)
+    seconds = []
+    for step in range(WARMUP + cell.steps):
+        ids = torch.randint(config.vocab_size, shape, generator=generator)
+        batch = {
+            "input_ids": ids,
+            "labels": ids,
+            "document_ids": torch.ones_like(ids),
+            "position_ids": torch.arange(shape[1]).expand(shape),
+        }
+        start = time.perf_counter()
+        result = train_step(engine, [batch])
+        if ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        if step >= WARMUP:
+            seconds.append(time.perf_counter() - start)
+    sums, load_LE = reduce_results([result])
+    tokens, median = ranks.world_size * shape[0] * shape[1], statistics.median(seconds)
+    return {
+        "tokens": tokens,
+        "step_s": median,
+        "min_s": min(seconds),
+        "max_s": max(seconds),
+        "tokens_per_s": tokens / median,
+        "model_tflops": 6 * config.active_params() * tokens / median / 1e12,
+        "loss": sums["loss_sum"] / sums["targets"],
+        **streamed_bytes(engine.module.placement, load_LE),
+    }
+
+
+def streamed_bytes(placement, load_LE) -> dict:
+    """GB of streamed experts on the host, and what a step (load_LE: rows of each expert) moves up and down.
+
+    Forward fetches the weights of all experts, or of those in use where the router has chosen before. Backward
+    fetches those in use once more with their state, and brings both back. Of the bus of one rank.
+    """
+    from experts.streamed import StreamedExperts
+
+    if not isinstance(placement, StreamedExperts):
+        return {}
+    arrays = placement.stores[0].arrays
+    row = {name: array[0].nbytes for name, array in arrays.items()}
+    used = int((load_LE > 0).sum())
+    fetched = load_LE.numel() if placement.settings.fetch_all else used
+    down = used * sum(row[name] for name in placement.kept)
+    return {
+        "experts_gb": placement.layout.ranks * load_LE.numel() * sum(row.values()) / 1e9,
+        "up_gb": (fetched * row["weight"] + down) / 1e9,
+        "down_gb": down / 1e9,
+    }
+
+
+def described(plan) -> dict:
+    """What the trainer decided and estimated; nothing where it did not."""
+    if plan is None:
+        return {}
+    return {
+        "estimate_device_gb": plan.memory.device / 1e9,
+        "estimate_host_gb": plan.memory.host / 1e9,
+        "json": plan.json_path.name,
+        "page": plan.page_size or "",
+        "slots": plan.stream.num_slots if plan.stream else "",
+        "state": plan.stream.state if plan.stream else "",
+    }
+
+
+def host_peak() -> int:
+    """Bytes of the process at its largest. (`ru_maxrss` would count what its parent was before it as well.)"""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
+def device_peaks() -> dict[str, float]:
+    """Peaks of GPU memory in GB since the last reset; empty where no GPU is in use."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return {}
+    return {
+        "gpu_allocated_gb": torch.cuda.max_memory_allocated() / 1e9,
+        "gpu_reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
+    }
+
+
+def main() -> None:
+    """`python -m benchmarks.cell CELLS DIRECTORY`: rows, or why there are none, go to files in the directory."""
+    cells, directory = [Cell(**cell) for cell in json.loads(sys.argv[1])], Path(sys.argv[2])
+    code = 0
+    try:
+        for row in measure(cells):
+            if os.environ["RANK"] == "0":
+                with open(directory / "rows", "a") as file:
+                    file.write(json.dumps(row) + "\n")
+    except Exception as error:
+        traceback.print_exc()
+        text = str(error).strip().splitlines() or [""]
+        (directory / f"error-{os.environ['RANK']}").write_text(f"{type(error).__name__}: {text[0]}"[:300])
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of gloo can abort a process in its last moment; and there is no need to unlock a large host memory.
+    os._exit(code)
+
+
+# -- in the benchmark ----------------------------------------------------------------------------------------
+
+
+def run_cells(cells: Sequence[Cell]) -> Iterator[dict]:
+    """A row for each of the cells, which share an engine, as soon as it is measured."""
+    first = cells[0]
+    assert all(cell.engine() == first.engine() for cell in cells), "cells differ in more than their load"
+    with tempfile.TemporaryDirectory() as name:
+        directory, port = Path(name), free_port()
+        ranks = [start(cells, directory, rank, port) for rank in range(first.num_gpus)]
+        try:
+            done, since = 0, time.monotonic()
+            while True:
+                codes = [rank.poll() for rank in ranks]  # before the rows: who has ended has written them
+                for row in rows_in(directory)[done:]:
+                    yield cells[done].named() | row
+                    done, since = done + 1, time.monotonic()
+                late = time.monotonic() - since > PATIENCE_S
+                if late or any(codes) or None not in codes:
+                    break
+                time.sleep(0.1)
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+        if done < len(cells):
+            error = f"no row in {PATIENCE_S} s" if late else error_in(directory, codes)
+            for cell in cells[done:]:
+                yield cell.named() | {"error": error}
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(cells: Sequence[Cell], directory: Path, rank: int, port: int) -> subprocess.Popen:
+    """One rank of a cell."""
+    world_size = str(cells[0].num_gpus)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size,
+    }  # fmt: skip
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // cells[0].num_gpus)))
+    if cells[0].device == "cpu":
+        environment["DS_ACCELERATOR"] = "cpu"
+    words = json.dumps([asdict(cell) for cell in cells]), str(directory)
+    with open(directory / f"output-{rank}", "w") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.cell", *words],
+            env=environment, stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def rows_in(directory: Path) -> list[dict]:
+    """The whole rows that rank 0 has written so far."""
+    file = directory / "rows"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def error_in(directory: Path, codes: Sequence[int | None]) -> str:
+    """What the first rank that failed said; its output goes to stderr."""
+    errors = sorted(directory.glob("error-*"), key=lambda file: file.stat().st_mtime_ns)
+    rank = int(errors[0].name.removeprefix("error-")) if errors else next(r for r, c in enumerate(codes) if c)
+    lines = (directory / f"output-{rank}").read_text(errors="replace").splitlines()[-20:]
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
+    if errors:
+        return errors[0].read_text()
+    return f"rank {rank} ended with code {codes[rank]}: {lines[-1][:200] if lines else 'no output'}"
+
+
+Judge = Callable[[list[dict]], tuple[list[dict], list[dict]]]
+
+
+def run_all(
+    groups: Iterable[Sequence[Cell]], path: Path, judge: Judge, device: str | None, rows: Sequence[dict] = ()
+) -> list[dict]:
+    """Measure the groups in turn; after each row the file at `path` holds all there are. Returns them.
+
+    Args:
+        groups: cells that share an engine.
+        judge: from the rows to the rows with what follows from their comparison, and the goals.
+        rows: what has been measured before.
+    """
+    rows = list(rows)
+    for group in groups:
+        for row in run_cells(group):
+            rows.append(row)
+            write(path, *judge(rows), device)
+            print(json.dumps(row), flush=True)
+    report(path, *judge(rows), device)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

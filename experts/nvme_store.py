@@ -1,0 +1,177 @@
+"""The bank of one layer in a file, read and written with DeepSpeed's asynchronous I/O.
+
+A file has a record for each expert: its quantities one after the other, weights first, so that forward reads
+them alone. Records pass through a few page-locked buffers that all layers share. One thread reads the pages that
+were announced, another writes those that were changed, and no expert is read before its last write is done.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from experts.host_memory import host_array
+from experts.store import BankStore, Page, Quantities, RowLayout, Transfer, row_entries
+
+ALIGNMENT = 4096  # of offsets and lengths, for direct I/O
+BLOCK_BYTES, QUEUE_DEPTH = 1 << 20, 32
+
+
+def record_places(entries: dict[str, tuple[torch.dtype, int]]) -> tuple[dict[str, slice], int]:
+    """Where each quantity lies in a record, and the length of a record, in bytes; all start at an ALIGNMENT."""
+    places, end = {}, 0
+    for name, (dtype, count) in entries.items():
+        places[name] = slice(end, end + count * dtype.itemsize)
+        end = -(-places[name].stop // ALIGNMENT) * ALIGNMENT
+    return places, end
+
+
+class Disk:
+    """Threads, and twice `num_buffers` buffers of `page_size` records, for the files of all layers."""
+
+    def __init__(self, page_size: int, record: int, num_buffers: int, lock: bool):
+        from deepspeed.ops.op_builder import AsyncIOBuilder
+
+        library = AsyncIOBuilder().load(verbose=False)
+        read, write = (library.aio_handle(BLOCK_BYTES, QUEUE_DEPTH, False, True, 1) for _ in range(2))
+        self.read_file, self.write_file = read.sync_pread, write.sync_pwrite
+        self.reader, self.writer, self.waiter = (ThreadPoolExecutor(1) for _ in range(3))
+        # Two sets of buffers: pages that were read and wait for a slot must not keep a write from its buffer.
+        self.read_buffers, self.write_buffers = queue.SimpleQueue(), queue.SimpleQueue()
+        for buffers in (self.read_buffers, self.write_buffers):
+            for _ in range(num_buffers):
+                buffers.put(host_array((page_size, record), torch.uint8, lock))
+
+
+class NvmeStore(BankStore):
+    """One layer's experts in the file `path`."""
+
+    def __init__(self, num_experts: int, layout: RowLayout, kept: Quantities, disk: Disk, path: Path):
+        """Raises OSError where the disk has no room for the file."""
+        self.num_experts, self.layout = num_experts, layout
+        self.entries = row_entries(layout, kept)
+        self.places, self.record = record_places(self.entries)
+        self.disk, self.path = disk, str(path)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            os.posix_fallocate(handle, 0, num_experts * self.record)  # zeros; a full disk is found here
+        finally:
+            os.close(handle)
+        self.reads: dict[Page, Future[Tensor]] = {}
+        self.received_into: dict[Page, tuple[Tensor, tuple[str, ...]]] = {}
+        self.writes: dict[int, Future[None]] = {}  # the last of each expert
+
+    def expect(self, page: Page) -> None:
+        assert page not in self.reads
+        self.reads[page] = self.disk.reader.submit(self._read, page)
+
+    def is_ready(self, page: Page) -> bool:
+        return self.reads[page].done()
+
+    def fetch(self, page: Page) -> Iterator[Transfer]:
+        return self._views(self.reads[page].result(), page, page.quantities)
+
+    def fetched(self, page: Page, event: torch.cuda.Event | None) -> None:
+        buffer = self.reads.pop(page).result()
+        self.disk.waiter.submit(recycle, buffer, event, self.disk.read_buffers)
+
+    def forget(self, page: Page) -> None:
+        read = self.reads.pop(page)
+        if not read.cancel():
+            read.add_done_callback(lambda read: self.disk.read_buffers.put(read.result()))
+
+    def receive(self, page: Page, changed: Iterable[str]) -> Iterator[Transfer]:
+        buffer, changed = self.disk.write_buffers.get(), tuple(changed)
+        self.received_into[page] = buffer, changed
+        return self._views(buffer, page, changed)
+
+    def received(self, page: Page, event: torch.cuda.Event | None) -> None:
+        buffer, changed = self.received_into.pop(page)
+        write = self.disk.writer.submit(self._write, buffer, page, changed, event)
+        self.writes |= dict.fromkeys(page.experts, write)
+
+    def synchronize(self) -> None:
+        for write in set(self.writes.values()):
+            write.result()
+        self.writes.clear()
+
+    def write(self, first: int, projections: dict[str, Tensor]) -> None:
+        count = len(projections["down_proj"])
+        buffer = torch.zeros(count, self.record, dtype=torch.uint8)
+        for projection, values in projections.items():
+            here, there = self.layout.own(projection)
+            part = values.flatten(1)[:, there]
+            for name in {"weight", "master"} & self.places.keys():
+                self._view(buffer, name)[:, here] = part.to(self.entries[name][0])
+        self._transfer(self.disk.write_file, buffer, range(first, first + count), tuple(self.places))
+
+    def rows(self) -> dict[str, Tensor]:
+        names = [name for name in self.places if name != "accumulator"]
+        buffer = torch.empty(self.num_experts, self.record, dtype=torch.uint8)
+        self._transfer(self.disk.read_file, buffer, range(self.num_experts), names)
+        return {name: self._view(buffer, name).contiguous() for name in names}
+
+    def set_rows(self, rows: dict[str, Tensor]) -> None:
+        buffer = torch.zeros(self.num_experts, self.record, dtype=torch.uint8)
+        for name, array in rows.items():
+            self._view(buffer, name)[:] = array
+        self._transfer(self.disk.write_file, buffer, range(self.num_experts), tuple(rows))
+
+    def _view(self, buffer: Tensor, name: str) -> Tensor:
+        """[rows of the buffer, entries] of a quantity."""
+        return buffer[:, self.places[name]].view(self.entries[name][0])
+
+    def _views(self, buffer: Tensor, page: Page, names: Iterable[str]) -> Iterator[Transfer]:
+        """Row by row, for a copy from or to rows that are apart would go through a buffer of its own."""
+        for name in names:
+            view = self._view(buffer, name)
+            for row in range(len(page.experts)):
+                yield slice(row, row + 1), name, view[row : row + 1]
+
+    def _read(self, page: Page) -> Tensor:
+        """On the reader's thread."""
+        buffer = self.disk.read_buffers.get()
+        for expert in page.experts:
+            if expert in self.writes:
+                self.writes[expert].result()
+        self._transfer(self.disk.read_file, buffer, page.experts, page.quantities)
+        return buffer
+
+    def _write(self, buffer: Tensor, page: Page, changed: tuple[str, ...], event) -> None:
+        """On the writer's thread."""
+        if event is not None:
+            event.synchronize()
+        try:
+            self._transfer(self.disk.write_file, buffer, page.experts, changed)
+        finally:
+            self.disk.write_buffers.put(buffer)
+
+    def _transfer(self, operation, buffer: Tensor, experts: Iterable[int], names: Iterable[str]) -> None:
+        """Read or write the named quantities of some experts' records, those next to each other at once.
+
+        Raises OSError where the disk fails.
+        """
+        ranges: list[list[int]] = []
+        for place in sorted((self.places[name] for name in names), key=lambda place: place.start):
+            stop = -(-place.stop // ALIGNMENT) * ALIGNMENT
+            if ranges and ranges[-1][1] == place.start:
+                ranges[-1][1] = stop
+            else:
+                ranges.append([place.start, stop])
+        for row, expert in enumerate(experts):
+            for start, stop in ranges:
+                if operation(buffer[row, start:stop], self.path, expert * self.record + start) < 0:
+                    raise OSError(f"{self.path}: expert {expert} could not be read or written")
+
+
+def recycle(buffer: Tensor, event: torch.cuda.Event | None, buffers: queue.SimpleQueue) -> None:
+    """Give a buffer back when the copies from it are done."""
+    if event is not None:
+        event.synchronize()
+    buffers.put(buffer)

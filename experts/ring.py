@@ -1,0 +1,163 @@
+"""The ring of slots: GPU buffers through which pages of experts pass, in an order announced beforehand.
+
+Uploads run on a stream of their own, ahead of the computation as far as free slots allow; what a page has become
+is downloaded on a third stream, and its slot is free again when that is done. On a CPU the same calls copy at
+once, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from experts.store import BankStore, Page
+
+
+class Slot:
+    """Device buffers for one page: `buffers[quantity]` is [R, entries of a row on this rank].
+
+    `weight_RP` are whole rows: this rank's part of them, or all ranks' parts gathered.
+    """
+
+    def __init__(self, size: int, store: BankStore, device: torch.device):
+        self.buffers = {
+            name: torch.empty(size, count, dtype=dtype, device=device)
+            for name, (dtype, count) in store.entries.items()
+        }
+        self.weight_RP = self.buffers["weight"]
+        if store.layout.ranks > 1:
+            self.weight_RP = self.weight_RP.new_empty(size, store.layout.row_size)
+        self.uploaded = self.free = None  # events; None: at once
+
+    def rows(self, page: Page) -> dict[str, Tensor]:
+        """The page's rows of each of its quantities."""
+        return {name: self.buffers[name][: len(page.experts)] for name in page.quantities}
+
+
+def gather_rows(part_RP: Tensor, whole_RP: Tensor, rows: int, group: dist.ProcessGroup) -> None:
+    """All ranks' slices [rows, P / W] of the first rows, side by side in `whole_RP` [rows, P]."""
+    ranks = whole_RP.shape[1] // part_RP.shape[1]
+    gathered_WRP = part_RP.new_empty(ranks, rows, part_RP.shape[1])
+    dist.all_gather_into_tensor(gathered_WRP.flatten(0, 1), part_RP[:rows], group=group)
+    whole_RP[:rows].unflatten(1, (ranks, -1)).copy_(gathered_WRP.transpose(0, 1))
+
+
+class SlotRing:
+    """Pages are taken in the order in which they were announced, and released in the order they were taken."""
+
+    def __init__(
+        self,
+        stores: list[BankStore],
+        num_slots: int,
+        page_size: int,
+        device: torch.device,
+        group: dist.ProcessGroup | None,
+    ):
+        assert num_slots >= 2
+        self.stores, self.device, self.group = stores, device, group
+        self.on_gpu = device.type == "cuda"
+        self.upload = torch.cuda.Stream(device) if self.on_gpu else None
+        self.download = torch.cuda.Stream(device) if self.on_gpu else None
+        self.idle = deque(Slot(page_size, stores[0], device) for _ in range(num_slots))
+        self.announced: deque[Page] = deque()
+        self.travelling: deque[tuple[Page, Slot]] = deque()
+        self.written: dict[tuple[int, int], torch.cuda.Event] = {}  # when an expert last reached its store
+
+    def announce(self, pages: Iterable[Page]) -> None:
+        """Pages that will be taken after those announced before."""
+        for page in pages:
+            self.stores[page.layer].expect(page)
+            self.announced.append(page)
+        self._advance()
+
+    def is_next(self, page: Page) -> bool:
+        """Whether this page is the one to be taken next."""
+        queue = self.travelling or self.announced
+        head = queue[0] if queue else None
+        return (head[0] if self.travelling else head) == page
+
+    def take(self, page: Page) -> Slot:
+        """The slot that holds the page; computation waits for its upload."""
+        self._advance()
+        if not self.travelling:
+            self._upload()  # not ready, but needed now
+        assert self.travelling and self.travelling[0][0] == page, "pages are taken in the announced order"
+        _, slot = self.travelling.popleft()
+        if self.on_gpu:
+            torch.cuda.current_stream(self.device).wait_event(slot.uploaded)
+        return slot
+
+    def release(self, page: Page, slot: Slot, changed: Iterable[str] = ()) -> None:
+        """The computation that reads the slot has been launched; `changed` quantities go back to the store."""
+        slot.free = self._mark(None)
+        if changed:
+            self._wait(self.download, slot.free)
+            store = self.stores[page.layer]
+            with self._on(self.download):
+                for here, name, host in store.receive(page, changed):
+                    host.copy_(slot.buffers[name][here], non_blocking=True)
+            slot.free = self._mark(self.download)
+            store.received(page, slot.free)
+            self.written |= dict.fromkeys(((page.layer, expert) for expert in page.experts), slot.free)
+        self.idle.append(slot)
+        self._advance()
+
+    def cancel(self) -> None:
+        """Forget every page that was announced and not taken."""
+        for page in self.announced:
+            self.stores[page.layer].forget(page)
+        self.announced.clear()
+        while self.travelling:
+            _, slot = self.travelling.popleft()
+            slot.free = slot.uploaded
+            self.idle.append(slot)
+
+    def synchronize(self) -> None:
+        """Wait until the stores hold what was released."""
+        if self.on_gpu:
+            self.download.synchronize()
+        for store in self.stores:
+            store.synchronize()
+
+    def _advance(self) -> None:
+        """Start uploads, as far as there are idle slots and pages at hand."""
+        while (
+            self.idle and self.announced and self.stores[self.announced[0].layer].is_ready(self.announced[0])
+        ):
+            self._upload()
+
+    def _upload(self) -> None:
+        """Bring the next page to an idle slot, which may still be read or downloaded when we ask."""
+        page, slot = self.announced.popleft(), self.idle.popleft()
+        store = self.stores[page.layer]
+        self._wait(self.upload, slot.free)
+        for event in {self.written.get((page.layer, expert)) for expert in page.experts}:
+            self._wait(self.upload, event)
+        with self._on(self.upload):
+            for here, name, host in store.fetch(page):
+                slot.buffers[name][here].copy_(host, non_blocking=True)
+            store.fetched(page, self._mark(self.upload))
+            if self.group is not None:
+                gather_rows(slot.buffers["weight"], slot.weight_RP, len(page.experts), self.group)
+        slot.uploaded = self._mark(self.upload)
+        self.travelling.append((page, slot))
+
+    def _on(self, stream: torch.cuda.Stream | None) -> AbstractContextManager:
+        return torch.cuda.stream(stream) if self.on_gpu else nullcontext()
+
+    def _mark(self, stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
+        """An event at the end of a stream's work so far (None: the current stream)."""
+        if not self.on_gpu:
+            return None
+        event = torch.cuda.Event()
+        event.record(stream or torch.cuda.current_stream(self.device))
+        return event
+
+    def _wait(self, stream: torch.cuda.Stream | None, event: torch.cuda.Event | None) -> None:
+        if event is not None:
+            stream.wait_event(event)

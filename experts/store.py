@@ -1,0 +1,200 @@
+"""The bank of one layer in host memory: weights and optimizer state, one contiguous array a quantity.
+
+An expert is one row: its gate, up and down projections laid end to end, padded so that every rank holds an equal
+number of whole 256-value blocks of it. Rank r keeps slice r of every row.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from experts.host_memory import host_array
+from kernels.adamw import BLOCK
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Where the values of an expert [3, F, D] lie in a row, and which part of it a rank holds."""
+
+    expert_width: int
+    hidden_size: int
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def values(self) -> int:
+        """Values of an expert."""
+        return 3 * self.expert_width * self.hidden_size
+
+    @property
+    def slice_size(self) -> int:
+        """Values of a row on one rank, a multiple of BLOCK."""
+        return -(-self.values // (BLOCK * self.ranks)) * BLOCK
+
+    @property
+    def row_size(self) -> int:
+        """Values of a padded row."""
+        return self.slice_size * self.ranks
+
+    def projection(self, name: str) -> slice:
+        """The place of a projection in a row."""
+        size = self.expert_width * self.hidden_size
+        start = PROJECTIONS.index(name) * size
+        return slice(start, start + size)
+
+    def own(self, name: str) -> tuple[slice, slice]:
+        """The part of a projection on this rank: its place in the rank's slice, and in the projection."""
+        whole, first = self.projection(name), self.rank * self.slice_size
+        start, stop = max(whole.start, first), min(whole.stop, first + self.slice_size)
+        stop = max(start, stop)
+        return slice(start - first, stop - first), slice(start - whole.start, stop - whole.start)
+
+
+ROW = None  # one entry for a whole row
+STATE_QUANTITIES = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "master")
+Quantities = dict[str, tuple[torch.dtype, int | None]]
+
+
+def quantities(state: str, dtype: torch.dtype) -> Quantities:
+    """What is kept of an expert: name -> (dtype, values that share an entry). `state` is fp32, bf16 or int8."""
+    kept: Quantities = {"weight": (dtype, 1), "updates": (torch.int32, ROW)}
+    if state == "int8":
+        kept |= {"exp_avg": (torch.int8, 1), "exp_avg_sq": (torch.uint8, 1)}
+        return kept | {"exp_avg_scale": (torch.float32, BLOCK), "exp_avg_sq_scale": (torch.float32, BLOCK)}
+    moment = {"fp32": torch.float32, "bf16": torch.bfloat16}[state]
+    kept |= {"exp_avg": (moment, 1), "exp_avg_sq": (moment, 1)}
+    if state == "fp32" and dtype != torch.float32:
+        kept["master"] = (torch.float32, 1)
+    return kept
+
+
+def accumulator(state: str) -> Quantities:
+    """Where gradients of several microbatches are added up; not part of a checkpoint."""
+    return {"accumulator": (torch.float32 if state == "fp32" else torch.bfloat16, 1)}
+
+
+@dataclass(frozen=True)
+class Page:
+    """Experts of one layer that travel together, ascending, and which quantities of them do."""
+
+    layer: int
+    experts: tuple[int, ...]
+    quantities: tuple[str, ...]
+
+
+Transfer = tuple[slice, str, Tensor]
+"""Rows of a slot, a quantity, and where in host memory it comes from or goes to: one copy."""
+
+
+def runs(experts: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
+    """Consecutive experts as (rows of the slot, rows of the store): each is one copy."""
+    start = 0
+    for i in range(1, len(experts) + 1):
+        if i == len(experts) or experts[i] != experts[i - 1] + 1:
+            yield slice(start, i), slice(experts[start], experts[i - 1] + 1)
+            start = i
+
+
+def row_entries(layout: RowLayout, kept: Quantities) -> dict[str, tuple[torch.dtype, int]]:
+    """dtype and number of entries of a row's part on this rank, for each quantity."""
+    return {
+        name: (dtype, 1 if share is ROW else layout.slice_size // share)
+        for name, (dtype, share) in kept.items()
+    }
+
+
+class BankStore:
+    """One layer's experts: `arrays[quantity]` is [E, entries of a row on this rank]."""
+
+    def __init__(self, num_experts: int, layout: RowLayout, kept: Quantities, lock: bool):
+        self.num_experts, self.layout = num_experts, layout
+        self.entries = row_entries(layout, kept)
+        self.arrays: dict[str, Tensor] = {
+            name: host_array((num_experts, count), dtype, lock)
+            for name, (dtype, count) in self.entries.items()
+        }
+
+    # What the ring asks of a store. These rows are always at hand; a store on a disk has to fetch them.
+
+    def expect(self, page: Page) -> None:
+        """The page will be fetched, after those expected before."""
+
+    def is_ready(self, page: Page) -> bool:
+        """Whether `fetch` will not have to wait."""
+        return True
+
+    def fetch(self, page: Page) -> Iterator[Transfer]:
+        """Copies that bring an expected page to its slot."""
+        return self._transfers(page, page.quantities)
+
+    def fetched(self, page: Page, event: torch.cuda.Event | None) -> None:
+        """Those copies are done when `event` is (None: now)."""
+
+    def forget(self, page: Page) -> None:
+        """An expected page will not be fetched."""
+
+    def receive(self, page: Page, changed: Iterable[str]) -> Iterator[Transfer]:
+        """Copies that bring the changed quantities of a page back."""
+        return self._transfers(page, changed)
+
+    def received(self, page: Page, event: torch.cuda.Event | None) -> None:
+        """Those copies are done when `event` is (None: now)."""
+
+    def synchronize(self) -> None:
+        """Wait until what was received is stored."""
+
+    def _transfers(self, page: Page, names: Iterable[str]) -> Iterator[Transfer]:
+        for name in names:
+            for here, there in runs(page.experts):
+                yield here, name, self.arrays[name][there]
+
+    # Weights and state as a whole.
+
+    def write(self, first: int, projections: dict[str, Tensor]) -> None:
+        """Set weights of some experts, values [R, F, D] or [R, D, F], from expert `first` on."""
+        for projection, values in projections.items():
+            here, there = self.layout.own(projection)
+            part = values.flatten(1)[:, there]
+            for name in ("weight", "master"):
+                if name in self.arrays:
+                    self.arrays[name][first : first + len(values), here] = part.to(self.arrays[name].dtype)
+
+    def rows(self) -> dict[str, Tensor]:
+        """Every quantity [E, entries] that a checkpoint has; to be changed in place and given to `set_rows`."""
+        return {name: array for name, array in self.arrays.items() if name != "accumulator"}
+
+    def set_rows(self, rows: dict[str, Tensor]) -> None:
+        """Keep what `rows` gave and the caller changed."""
+
+    def save(self, path: Path, metadata: dict[str, str]) -> None:
+        """Write every quantity to one safetensors file, straight from where it lies."""
+        save_file(self.rows(), path, metadata=metadata)
+
+    def load(self, paths: list[Path]) -> dict[str, str]:
+        """Read what the ranks of an earlier run saved, this rank's slice of it; returns the metadata."""
+        rows = self.rows()
+        for part, path in enumerate(paths):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - no dictionary
+                    self._copy_part(rows[name], file.get_slice(name), part)
+                metadata = file.metadata()
+        self.set_rows(rows)
+        return metadata
+
+    def _copy_part(self, array: Tensor, saved, part: int) -> None:
+        """Copy from part `part` of the rows that were saved what lies in this rank's slice."""
+        width = saved.get_shape()[1]
+        if width == 1:  # a count for a whole row
+            array.copy_(saved[:])
+            return
+        first = self.layout.rank * array.shape[1]
+        start, stop = max(first, part * width), min(first + array.shape[1], (part + 1) * width)
+        if start < stop:
+            array[:, start - first : stop - first] = saved[:, start - part * width : stop - part * width]

@@ -1,0 +1,426 @@
+"""`streamed`: banks in host memory, passed through a ring of GPU slots page by page, and updated on the way.
+
+Forward fetches a page's weights, computes with them and forgets them. Backward fetches weights and optimizer
+state, recomputes what lies inside the experts, and runs the optimizer at once: weights and state go back, and
+gradients never leave the GPU. What autograd keeps of a bank is its input, in token order, and the routing.
+
+So the update of experts differs from that of dense parameters in three ways. Gradients are clipped expert by
+expert, for the global norm is not known when they are used. An expert without a gradient in a step is left as it
+is: no weight decay, no decay of its moments (a lazy update), and its own count of updates for Adam's bias
+correction. An expert whose gradient is not finite is refused alone.
+
+Over several ranks each holds a slice of every expert: a fetch is the slice and an all-gather, gradients are
+reduce-scattered, and each rank updates its slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from experts.host_memory import near
+from experts.page import Groups, grouped_matmul, grouped_outer
+from experts.placement import Placement
+from experts.ring import Slot, SlotRing, gather_rows
+from experts.store import PROJECTIONS, STATE_QUANTITIES, BankStore, Page, RowLayout, accumulator, quantities
+from kernels.adamw import AdamW, State, accumulate_rows, clip_factors, sum_of_squares, update_rows
+from kernels.reference import Routing, combine, inverse, swiglu
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """How experts are streamed and updated; sizes as `training.plan` chose them."""
+
+    page_size: int
+    num_slots: int
+    state: str
+    """fp32, bf16 or int8: how moments are kept."""
+    accumulate: bool
+    """Whether an update has several microbatches."""
+    fetch_all: bool
+    """Whether forward fetches every expert, which can begin before the router has chosen."""
+    max_norm: float
+    """Gradient norm at which an expert is clipped; 0: never."""
+    learning_rate: float
+    weight_decay: float
+    betas: tuple[float, float]
+    seed: int
+    stochastic: bool = True
+    """Whether weights are rounded to bf16 stochastically."""
+
+
+class StreamedBank(nn.Module):
+    """One layer's experts: no parameters, only a place in the stream."""
+
+    recomputes = True
+
+    def __init__(self, experts: StreamedExperts, layer: int):
+        super().__init__()
+        self.stream, self.layer = experts, layer
+
+    def forward(self, hidden_TD: Tensor, routing: Routing) -> Tensor:
+        return StreamedFunction.apply(self.stream, self.layer, hidden_TD, routing.weights_TK, routing)
+
+
+class StreamedFunction(torch.autograd.Function):
+    """A bank's output; its backward also updates the bank."""
+
+    @staticmethod
+    def forward(ctx, stream, layer: int, hidden_TD: Tensor, weights_TK: Tensor, routing: Routing) -> Tensor:
+        visit = stream.begin(layer, routing.counts_E)
+        token_N = routing.order_N // weights_TK.shape[1]
+        rows_ND = hidden_TD.new_empty(len(token_N), hidden_TD.shape[1])
+        for page in stream.forward_pages(visit):
+            if page.rows.stop > page.rows.start:
+                input_ND = hidden_TD[token_N[page.rows]]
+                middle_NF = swiglu(*gate_and_up(input_ND, page))
+                rows_ND[page.rows] = grouped_matmul(middle_NF, page.down_RDF.transpose(1, 2), page.groups)
+        ctx.stream, ctx.visit = stream, visit
+        ctx.save_for_backward(hidden_TD, weights_TK, routing.order_N)
+        if ctx.needs_input_grad[2]:
+            stream.expect_backward(visit)
+        return combine(rows_ND, routing)
+
+    @staticmethod
+    def backward(ctx, grad_TD: Tensor):
+        hidden_TD, weights_TK, order_N = ctx.saved_tensors
+        num_tokens, num_active = weights_TK.shape
+        token_N = order_N // num_active
+        weight_N = weights_TK.flatten()[order_N].to(hidden_TD.dtype)
+        grad_rows_ND = hidden_TD.new_zeros(len(token_N), hidden_TD.shape[1])
+        grad_weight_N = torch.zeros_like(weight_N, dtype=torch.float32)
+        for page in ctx.stream.backward_pages(ctx.visit):
+            rows, gradients = page.rows, None
+            if rows.stop > rows.start:
+                tokens = token_N[rows]
+                grad_rows_ND[rows], grad_weight_N[rows], *gradients = page_backward(
+                    hidden_TD[tokens], grad_TD[tokens], weight_N[rows], page
+                )
+            ctx.stream.use_gradients(ctx.visit, page, gradients)
+        ctx.stream.end_backward(ctx.visit)
+        back_N = inverse(order_N)
+        grad_hidden_TD = grad_rows_ND[back_N].view(num_tokens, num_active, -1).sum(1)
+        grad_weights_TK = grad_weight_N[back_N].view_as(weights_TK).to(weights_TK.dtype)
+        return None, None, grad_hidden_TD, grad_weights_TK, None
+
+
+def gate_and_up(input_ND: Tensor, page: VisitedPage) -> tuple[Tensor, Tensor]:
+    """Both projections of each row, in one product."""
+    return grouped_matmul(input_ND, page.gate_up_RXD.transpose(1, 2), page.groups).chunk(2, dim=1)
+
+
+def page_backward(
+    input_ND: Tensor, grad_ND: Tensor, weight_N: Tensor, page: VisitedPage
+) -> tuple[Tensor, ...]:
+    """Gradients of a page's rows, of their routing weights and of the two weight arrays.
+
+    grad_ND is that of the combined output, before the routing weight of a row. The weight of row n has gradient
+    ⟨output, grad⟩ = ⟨middle, downᵀ grad⟩, so the down projection is not computed again.
+    """
+    gate_NF, up_NF = gate_and_up(input_ND, page)
+    silu_NF = torch.nn.functional.silu(gate_NF)
+    middle_NF = silu_NF * up_NF
+    grad_middle_NF = grouped_matmul(grad_ND, page.down_RDF, page.groups)
+    grad_weight_N = (middle_NF * grad_middle_NF).sum(1, dtype=torch.float32)
+    grad_middle_NF *= weight_N[:, None]
+    grad_down_RDF = grouped_outer(grad_ND, middle_NF.mul_(weight_N[:, None]), page.groups)
+    grad_gate_NF = torch.ops.aten.silu_backward(grad_middle_NF * up_NF, gate_NF)
+    grad_gate_up_NX = torch.cat([grad_gate_NF, grad_middle_NF.mul_(silu_NF)], dim=1)
+    grad_gate_up_RXD = grouped_outer(grad_gate_up_NX, input_ND, page.groups)
+    grad_rows_ND = grouped_matmul(grad_gate_up_NX, page.gate_up_RXD, page.groups)
+    return grad_rows_ND, grad_weight_N, grad_gate_up_RXD, grad_down_RDF
+
+
+@dataclass
+class Visit:
+    """One microbatch's passage through a layer. counts: rows of each expert here; used: rows on any rank."""
+
+    layer: int
+    counts: list[int]
+    used: tuple[int, ...]
+    backward: tuple[Page, ...] = ()
+    boundary: bool = True
+
+
+@dataclass
+class VisitedPage:
+    """A page in its slot. X is 2 F: gate above up."""
+
+    page: Page
+    slot: Slot
+    rows: slice
+    groups: Groups
+    gate_up_RXD: Tensor
+    down_RDF: Tensor
+
+
+class StreamedExperts(Placement):
+    """All banks of a model: their stores, the ring they pass through, and the optimizer."""
+
+    def __init__(
+        self,
+        config,
+        settings: StreamSettings,
+        device: torch.device,
+        dtype: torch.dtype,
+        groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
+    ):
+        """`groups`: twice the ranks that share every expert (None: this one alone).
+
+        One gathers pages that were fetched ahead, so that collectives of the computation, on the other, need not
+        queue behind them.
+        """
+        gathering, group = groups or (None, None)
+        self.settings, self.device, self.group = settings, device, group
+        self.num_experts, self.layers = config.num_experts, config.num_hidden_layers
+        rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        self.layout = RowLayout(config.moe_intermediate_size, config.hidden_size, rank, ranks)
+        self.kept = quantities(settings.state, dtype)
+        kept = self.kept | (accumulator(settings.state) if settings.accumulate else {})
+        with near(device):
+            self.stores = [
+                BankStore(self.num_experts, self.layout, kept, lock=device.type == "cuda")
+                for _ in range(self.layers)
+            ]
+        self.ring = SlotRing(self.stores, settings.num_slots, settings.page_size, device, gathering)
+        self.gradient_RP = torch.zeros(settings.page_size, self.layout.row_size, dtype=dtype, device=device)
+        self.refused = torch.zeros((), dtype=torch.int64, device=device)
+        self.group_settings = {
+            "name": "experts", "lr": settings.learning_rate, "weight_decay": settings.weight_decay
+        }  # fmt: skip
+        self.groups = (self.group_settings,)
+        self.accumulated: list[set[int]] = [set() for _ in range(self.layers)]
+        self.passes = 0  # backward passes so far: each rounds with random bits of its own
+        self.built = 0
+        self.is_boundary: Callable[[], bool] = lambda: True
+
+    def build_bank(self, config) -> StreamedBank:
+        """The banks in the order of the layers."""
+        self.built += 1
+        return StreamedBank(self, self.built - 1)
+
+    def attach(self, engine) -> None:
+        self.is_boundary = engine.is_gradient_accumulation_boundary
+
+    def take_refused(self) -> int:
+        self.updating = False  # whoever asks has finished the step
+        count = int(self.refused)
+        self.refused.zero_()
+        return count
+
+    # -- a microbatch ----------------------------------------------------------------------------------------
+
+    def begin(self, layer: int, counts_E: Tensor) -> Visit:
+        """Learn how many rows each expert has, and make sure that the layer's pages are on their way."""
+        total_E = counts_E
+        if self.group is not None:
+            total_E = counts_E.clone()
+            dist.all_reduce(total_E, group=self.group)
+        if self.settings.fetch_all:
+            first = self._chunks(layer, range(self.num_experts), ("weight",))[0]
+            if not self.ring.is_next(first):
+                self._announce_forward(layer)
+        counts, total = torch.stack([counts_E, total_E]).tolist()  # waits for the router
+        used = tuple(expert for expert, count in enumerate(total) if count)
+        if not self.settings.fetch_all:
+            self.ring.announce(self._chunks(layer, used, ("weight",)))
+        return Visit(layer, counts, used)
+
+    def forward_pages(self, visit: Visit) -> Iterator[VisitedPage]:
+        experts = range(self.num_experts) if self.settings.fetch_all else visit.used
+        yield from self._visit(visit, self._chunks(visit.layer, experts, ("weight",)))
+
+    def expect_backward(self, visit: Visit) -> None:
+        """Plan the layer's pages of backward, and after the last layer send them all on their way."""
+        visit.boundary = self.is_boundary()
+        accumulated = self.accumulated[visit.layer]
+        experts = tuple(sorted(accumulated.union(visit.used))) if visit.boundary else visit.used
+        visit.backward = tuple(
+            Page(visit.layer, chunk.experts, self._backward_quantities(chunk, visit.boundary, accumulated))
+            for chunk in reversed(self._chunks(visit.layer, experts, ()))
+        )
+        if visit.layer == 0:
+            self.planned = []
+        self.planned.append(visit)
+        if visit.layer == self.layers - 1:
+            self.ring.announce(page for v in reversed(self.planned) for page in v.backward)
+
+    def backward_pages(self, visit: Visit) -> Iterator[VisitedPage]:
+        self.updating = self.updating or visit.boundary
+        changed = self.kept if visit.boundary else ("accumulator",)
+        yield from self._visit(visit, visit.backward, changed)
+
+    def use_gradients(self, visit: Visit, page: VisitedPage, gradients: list[Tensor] | None) -> None:
+        """Add a page's gradients to the accumulator, or update its weights with all there are.
+
+        gradients: those of gate and up [R, 2 F, D] and of down [R, D, F]; None where this rank has no rows.
+        """
+        rows, buffers = len(page.page.experts), page.slot.buffers
+        seed = 0
+        for number in (self.settings.seed, self.passes, visit.layer, page.page.experts[0], self.layout.rank):
+            seed = (seed + number) * 1_000_003
+        gradient_RP = self._gradient_rows(rows, gradients)
+        if "accumulator" in buffers and (self.accumulated[visit.layer] or not visit.boundary):
+            accumulator_RP = buffers["accumulator"][:rows]
+            for row, expert in enumerate(page.page.experts):
+                if expert not in self.accumulated[visit.layer]:
+                    accumulator_RP[row].zero_()
+            accumulate_rows(accumulator_RP, gradient_RP, ~seed, self.settings.stochastic)
+            gradient_RP = accumulator_RP
+        if not visit.boundary:
+            return
+        squares_R = sum_of_squares(gradient_RP)
+        if self.group is not None:
+            dist.all_reduce(squares_R, group=self.group)
+        factor_R, refused_R = clip_factors(squares_R, self.settings.max_norm, 1 / self.layout.ranks)
+        self.refused += refused_R.sum()
+        settings = AdamW(
+            self.group_settings["lr"], *self.settings.betas, 1e-8, self.group_settings["weight_decay"]
+        )
+        state = State(*(buffers[n][:rows] if n in buffers else None for n in STATE_QUANTITIES))
+        update_rows(
+            buffers["weight"][:rows], gradient_RP, state, buffers["updates"][:rows, 0], factor_R,
+            settings, seed, self.settings.stochastic,
+        )  # fmt: skip
+
+    def end_backward(self, visit: Visit) -> None:
+        """Note what the layer has accumulated; after the first layer, begin to fetch for the next microbatch."""
+        if visit.boundary:
+            self.accumulated[visit.layer].clear()
+        else:
+            self.accumulated[visit.layer].update(visit.used)
+        if visit.layer == 0:
+            self.passes += 1
+            if self.settings.fetch_all:
+                self._announce_forward(0)
+
+    def _announce_forward(self, layer: int) -> None:
+        self.ring.cancel()
+        self.ring.announce(
+            page
+            for later in range(layer, self.layers)
+            for page in self._chunks(later, range(self.num_experts), ("weight",))
+        )
+
+    def _chunks(self, layer: int, experts, quantities: tuple[str, ...]) -> list[Page]:
+        size, experts = self.settings.page_size, tuple(experts)
+        return [Page(layer, experts[i : i + size], quantities) for i in range(0, len(experts), size)]
+
+    def _backward_quantities(self, chunk: Page, boundary: bool, accumulated: set[int]) -> tuple[str, ...]:
+        needed = tuple(self.kept) if boundary else ("weight",)
+        return (*needed, "accumulator") if accumulated.intersection(chunk.experts) else needed
+
+    def _visit(self, visit: Visit, pages, changed=()) -> Iterator[VisitedPage]:
+        """Each page in its slot; when the caller comes back for the next, the slot is released."""
+        starts = [0]
+        for count in visit.counts:
+            starts.append(starts[-1] + count)
+        if pages and not self.ring.is_next(pages[0]):
+            self.ring.cancel()
+            self.ring.announce(pages)
+        ends = [starts[e + 1] - starts[page.experts[0]] for page in pages for e in page.experts]
+        ends_N = torch.tensor(ends, dtype=torch.int32).to(self.device, non_blocking=True)
+        first, width, size = 0, self.layout.expert_width, self.layout.hidden_size
+        gate_up, down = slice(0, 2 * width * size), self.layout.projection("down_proj")
+        for page in pages:
+            slot, count = self.ring.take(page), len(page.experts)
+            yield VisitedPage(
+                page=page,
+                slot=slot,
+                rows=slice(starts[page.experts[0]], starts[page.experts[-1] + 1]),
+                groups=Groups(
+                    torch.tensor([visit.counts[e] for e in page.experts]), ends_N[first : first + count]
+                ),
+                gate_up_RXD=slot.weight_RP[:count, gate_up].unflatten(1, (2 * width, size)),
+                down_RDF=slot.weight_RP[:count, down].unflatten(1, (size, width)),
+            )
+            self.ring.release(page, slot, changed)
+            first += count
+
+    def _gradient_rows(self, rows: int, gradients: list[Tensor] | None) -> Tensor:
+        """This rank's slice of the summed gradient rows [rows, P / W]."""
+        whole_RP = self.gradient_RP[:rows]
+        if gradients is None:
+            whole_RP.zero_()
+        else:
+            first = 0
+            for gradient in gradients:
+                width = gradient[0].numel()
+                whole_RP[:, first : first + width] = gradient.flatten(1)
+                first += width
+        if self.group is None:
+            return whole_RP
+        by_rank_WRP = whole_RP.unflatten(1, (self.layout.ranks, -1)).transpose(0, 1).contiguous()
+        own_RP = whole_RP.new_empty(rows, self.layout.slice_size)
+        dist.reduce_scatter_tensor(own_RP, by_rank_WRP.flatten(0, 1), group=self.group)
+        return own_RP
+
+    # -- weights and state on the host -----------------------------------------------------------------------
+
+    def fill(self, source: Callable[..., Tensor]) -> None:
+        self.ring.cancel()
+        shapes = self._shapes()
+        size = self.settings.page_size
+
+        def fill_page(layer: int, first: int) -> None:
+            count = min(size, self.num_experts - first)
+            weights = {
+                name: source(export_name(layer, name), torch.Size((count, *shape)), first)
+                for name, shape in shapes.items()
+            }
+            self.stores[layer].write(first, weights)
+
+        with ThreadPoolExecutor() as pool:
+            places = [(layer, e) for layer in range(self.layers) for e in range(0, self.num_experts, size)]
+            list(pool.map(lambda place: fill_page(*place), places))
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        self.ring.synchronize()
+        for layer, store in enumerate(self.stores):
+            rows_EP = store.rows()["weight"]
+            if self.group is not None:
+                rows_EP = self._gathered(rows_EP)
+            for name, shape in self._shapes().items():
+                weights = rows_EP[:, self.layout.projection(name)].unflatten(1, shape)
+                yield export_name(layer, name), weights.contiguous()
+
+    def save(self, directory: Path) -> None:
+        self.ring.synchronize()
+        metadata = {"ranks": str(self.layout.ranks), "passes": str(self.passes)}
+        for layer, store in enumerate(self.stores):
+            store.save(directory / f"experts-{layer:03}-rank-{self.layout.rank}.safetensors", metadata)
+
+    def load(self, directory: Path) -> None:
+        self.ring.cancel()
+        for layer, store in enumerate(self.stores):
+            ranks = len(list(directory.glob(f"experts-{layer:03}-rank-*.safetensors")))
+            paths = [directory / f"experts-{layer:03}-rank-{rank}.safetensors" for rank in range(ranks)]
+            metadata = store.load(paths)
+            assert int(metadata["ranks"]) == ranks, directory
+        self.passes = int(metadata["passes"])
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        width, size = self.layout.expert_width, self.layout.hidden_size
+        return {name: (size, width) if name == "down_proj" else (width, size) for name in PROJECTIONS}
+
+    def _gathered(self, part_EP: Tensor) -> Tensor:
+        """A layer's whole rows [E, P] on the host, from all ranks' slices, page by page over the device."""
+        size = self.settings.page_size
+        whole_EP = part_EP.new_empty(self.num_experts, self.layout.row_size)
+        for first in range(0, self.num_experts, size):
+            part_RP = part_EP[first : first + size].to(self.device)
+            whole_RP = part_RP.new_empty(len(part_RP), self.layout.row_size)
+            gather_rows(part_RP, whole_RP, len(part_RP), self.group)
+            whole_EP[first : first + size] = whole_RP.cpu()
+        return whole_EP
+
+
+def export_name(layer: int, projection: str) -> str:
+    """The name of a bank's weights in an exported checkpoint."""
+    return f"model.layers.{layer}.mlp.experts.{projection}"

@@ -1,0 +1,294 @@
+"""AdamW over rows, and what it needs around it: the optimizer of experts whose weights live in host memory.
+
+A *row* is one expert: its weights as one flat vector. Beside the project's letters, P is the length of a row, a
+multiple of Z = `BLOCK`, and L = P / Z its number of blocks. Rows may lie anywhere in a larger buffer: any stride
+between rows, stride 1 inside a row. This file is the specification in plain PyTorch and what runs on a CPU;
+`kernels/adamw_triton.py` is the same arithmetic, with the same random bits, as one kernel.
+
+Numbers that must be stored in fewer bits than fp32 are rounded *stochastically*: up or down with probabilities
+that make the mean exact, so that steps smaller than the spacing of the stored numbers add up instead of being
+lost. The random bits are a hash of (seed, row, index), not a generator with state: the same call gives the same
+result, on any device, in any order.
+
+    stored as       rounding
+    bf16 weights    stochastic if asked; always to nearest where a master copy keeps the exact value
+    bf16 moments    as the weights: to nearest, a beta2 of 0.998 or more would never let exp_avg_sq fall, for
+                    0.2% less is less than half the spacing of bf16
+    8 bit moments   always stochastic, in blocks of 256 values with one fp32 scale
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 256  # values that share one scale
+
+
+class AdamW(NamedTuple):
+    """Hyperparameters of one update, as in `torch.optim.AdamW`."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+class State(NamedTuple):
+    """Optimizer state of R rows.
+
+    exp_avg_RP, exp_avg_sq_RP: the moments, both fp32, both bf16, or int8 and uint8. exp_avg_scale_RL,
+    exp_avg_sq_scale_RL (fp32): the scales of 8 bit moments, else None. master_RP: fp32 copy of the weights where
+    these are bf16, or None.
+    """
+
+    exp_avg_RP: Tensor
+    exp_avg_sq_RP: Tensor
+    exp_avg_scale_RL: Tensor | None = None
+    exp_avg_sq_scale_RL: Tensor | None = None
+    master_RP: Tensor | None = None
+
+
+def update_rows(
+    weight_RP: Tensor,
+    grad_RP: Tensor,
+    state: State,
+    updates_R: Tensor,
+    factor_R: Tensor,
+    settings: AdamW,
+    seed: int,
+    stochastic: bool,
+) -> None:
+    """One AdamW update of each row, in place, on the device of the tensors.
+
+    weight_RP, grad_RP: fp32 or bf16. updates_R (int32): how often each row has been updated; it counts for the
+    bias correction and grows by one. factor_R (fp32): what the gradient is multiplied by; a row whose factor is
+    not above 0 is left as it is, state and count included, and its gradient, which may be NaN, is not read.
+    seed: any integer, another for each page of each step and each rank. stochastic: see the head of this file.
+
+    Decoupled weight decay: Loshchilov and Hutter (arXiv 1711.05101), algorithm 2, in the form of
+    `torch.optim.AdamW`; all arithmetic is fp32.
+    """
+    check_rows(weight_RP, grad_RP, *state)
+    if weight_RP.is_cuda:
+        from kernels.adamw_triton import update_rows as update  # triton is not everywhere, and slow to import
+    else:
+        update = update_rows_reference
+    update(weight_RP, grad_RP, state, updates_R, factor_R, settings, seed, stochastic)
+
+
+def update_rows_reference(
+    weight_RP: Tensor,
+    grad_RP: Tensor,
+    state: State,
+    updates_R: Tensor,
+    factor_R: Tensor,
+    settings: AdamW,
+    seed: int,
+    stochastic: bool,
+) -> None:
+    """`update_rows` in plain PyTorch. Each product and each sum is rounded by itself, as in the kernel."""
+    rows_R = (factor_R > 0).nonzero().flatten()  # from here on R counts the rows that are updated
+    step_R, inverse_root_R = bias_corrections(updates_R[rows_R], settings)
+    eight_bit = state.exp_avg_scale_RL is not None
+    if eight_bit or (stochastic and torch.bfloat16 in (weight_RP.dtype, state.exp_avg_RP.dtype)):
+        bits_RP = random_bits(seed, rows_R, weight_RP.shape[1])
+        moment_bits_RP = mix(bits_RP + GOLDEN)
+
+    grad_RP = grad_RP[rows_R].float().mul_(factor_R[rows_R, None])
+    if eight_bit:
+        exp_avg_RP = decode_exp_avg(state.exp_avg_RP[rows_R], state.exp_avg_scale_RL[rows_R])
+        exp_avg_sq_RP = decode_exp_avg_sq(state.exp_avg_sq_RP[rows_R], state.exp_avg_sq_scale_RL[rows_R])
+    else:
+        exp_avg_RP = state.exp_avg_RP[rows_R].float()
+        exp_avg_sq_RP = state.exp_avg_sq_RP[rows_R].float()
+    exp_avg_RP.mul_(settings.beta1).add_(grad_RP * (1 - settings.beta1))
+    exp_avg_sq_RP.mul_(settings.beta2).add_(grad_RP.square_().mul_(1 - settings.beta2))
+
+    exact_RP = weight_RP if state.master_RP is None else state.master_RP
+    value_RP = exact_RP[rows_R].float().mul_(1 - settings.lr * settings.weight_decay)
+    denominator_RP = square_root(exp_avg_sq_RP).mul_(inverse_root_R[:, None]).add_(settings.eps)
+    value_RP.sub_((exp_avg_RP / denominator_RP).mul_(step_R[:, None]))
+
+    if state.master_RP is not None:
+        state.master_RP[rows_R] = value_RP
+    elif stochastic and weight_RP.dtype == torch.bfloat16:
+        value_RP = round_to_bfloat16(value_RP, bits_RP)
+    weight_RP[rows_R] = value_RP.to(weight_RP.dtype)
+
+    if eight_bit:
+        low_RP, high_RP = moment_bits_RP & 0xFFFF, (moment_bits_RP >> 16) & 0xFFFF
+        state.exp_avg_RP[rows_R], state.exp_avg_scale_RL[rows_R] = encode_exp_avg(exp_avg_RP, low_RP)
+        state.exp_avg_sq_RP[rows_R], state.exp_avg_sq_scale_RL[rows_R] = encode_exp_avg_sq(
+            exp_avg_sq_RP, high_RP
+        )
+    else:
+        if stochastic and state.exp_avg_RP.dtype == torch.bfloat16:
+            exp_avg_RP = round_to_bfloat16(exp_avg_RP, moment_bits_RP)
+            exp_avg_sq_RP = round_to_bfloat16(exp_avg_sq_RP, moment_bits_RP >> 16)
+        state.exp_avg_RP[rows_R] = exp_avg_RP.to(state.exp_avg_RP.dtype)
+        state.exp_avg_sq_RP[rows_R] = exp_avg_sq_RP.to(state.exp_avg_sq_RP.dtype)
+    updates_R += factor_R > 0
+
+
+def square_root(value_RP: Tensor) -> Tensor:
+    """fp32, correctly rounded: `torch.sqrt` on a CPU may call MKL, whose last bit is wrong now and then."""
+    return value_RP.double().sqrt_().float()
+
+
+def bias_corrections(updates_R: Tensor, settings: AdamW) -> tuple[Tensor, Tensor]:
+    """lr / (1 − β1ⁿ) and 1 / √(1 − β2ⁿ) in fp32, n = updates + 1; in fp64 first, for 1 − βⁿ loses digits."""
+    count_R = (updates_R + 1).double()
+    step_R = settings.lr / (1 - settings.beta1**count_R)
+    return step_R.float(), (1 - settings.beta2**count_R).rsqrt().float()
+
+
+def accumulate_rows(accumulator_RP: Tensor, grad_RP: Tensor, seed: int, stochastic: bool) -> None:
+    """accumulator += gradient, in place; both fp32 or bf16. The sum is fp32, rounded stochastically to a bf16
+    accumulator if asked, else to nearest. NaN and infinity stay what they are."""
+    check_rows(accumulator_RP, grad_RP)
+    if not stochastic or accumulator_RP.dtype == torch.float32:
+        accumulator_RP.add_(grad_RP)
+    elif accumulator_RP.is_cuda:
+        from kernels.adamw_triton import accumulate_rows as accumulate
+
+        accumulate(accumulator_RP, grad_RP, seed)
+    else:
+        accumulate_rows_reference(accumulator_RP, grad_RP, seed)
+
+
+def accumulate_rows_reference(accumulator_RP: Tensor, grad_RP: Tensor, seed: int) -> None:
+    """`accumulate_rows` with stochastic rounding to bf16, in plain PyTorch."""
+    rows_R = torch.arange(len(accumulator_RP), device=accumulator_RP.device)
+    bits_RP = random_bits(seed, rows_R, accumulator_RP.shape[1])
+    accumulator_RP.copy_(round_to_bfloat16(accumulator_RP.float().add_(grad_RP), bits_RP))
+
+
+def sum_of_squares(grad_RP: Tensor) -> Tensor:
+    """Σ g² of each row, fp32 [R], without a copy of the gradient. Ranks that hold parts of a row add theirs up."""
+    return torch.linalg.vector_norm(grad_RP, dim=1, dtype=torch.float32).square_()
+
+
+def clip_factors(
+    sum_squares_R: Tensor, max_norm: float, scale: float | Tensor = 1.0
+) -> tuple[Tensor, Tensor]:
+    """What `update_rows` multiplies each row's gradient by, and which rows are refused.
+
+    The gradient is to count as scale · g and, clipped row by row as by `torch.nn.utils.clip_grad_norm_`, to have
+    a norm of at most max_norm (0: any). factor_R (fp32): scale · min(1, max_norm / (norm + 1e-6)), and 0 where the
+    sum of squares is 0 or not finite. refused_R (bool): where it is not finite, which includes finite gradients
+    whose squares pass the range of fp32 (a norm of 1.8e19 before scaling; 4e15 in every place of 20 M values).
+    """
+    refused_R = ~sum_squares_R.isfinite()
+    factor_R = torch.full_like(sum_squares_R, 1.0) * scale
+    if max_norm > 0:
+        factor_R *= (max_norm / (sum_squares_R.sqrt() * scale + 1e-6)).clamp(max=1)
+    return factor_R.masked_fill_(refused_R | (sum_squares_R == 0), 0.0), refused_R
+
+
+def round_to_bfloat16(value_RP: Tensor, bits_RP: Tensor) -> Tensor:
+    """fp32 values rounded to numbers that bf16 holds, with the 16 low bits of bits_RP (int32) as dice.
+
+    bf16 is the upper half of fp32: random bits are added below it, and what they carry over stays.
+    """
+    rounded_RP = (value_RP.view(torch.int32) + (bits_RP & 0xFFFF)).bitwise_and_(~0xFFFF).view(torch.float32)
+    return torch.where(value_RP.isnan(), value_RP, rounded_RP)  # the carry could run through a NaN's sign
+
+
+# Moments in 8 bits: codes of a root, so that one scale serves a block whose values differ by orders of magnitude.
+# Blocks whose gradients have lognormal sizes, 300 steps, beta2 0.95, root mean square error of an update against
+# fp32 (and the largest update, in fp32 0.9), by the decades between the smallest and the largest of 3,000 values:
+#
+#     exp_avg, exp_avg_sq      0.7 decades   3.2 decades   4.9 decades
+#     linear, square root        3% (1.5)     57% (3.5)    101% (4.1; updates 21% too small)
+#     linear, 4th root           3% (2.0)     77% (23)     436% (275)
+#     square root, 8th root      3% (1.1)     11% (1.5)     43% (29)
+#     4th root, 8th root         4% (1.0)      8% (1.1)     13% (2.1)
+#
+# `dice` are 16 random bits (int32): u = dice / 2^16 is uniform on [0, 1).
+
+
+def encode_exp_avg(value_RP: Tensor, dice_RP: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes, fp32 scales [R, L]: |value| ≈ (|code| · scale)⁴, scale = max |value|^(1/4) / 127 over a block.
+
+    Between the two codes around a value the choice is such that the mean of the decoded value is exact.
+    """
+    root_RP, scale_RL = scaled(square_root(square_root(value_RP.abs())), 127)
+    code_RP = root_RP.floor()
+    low_RP = code_RP.square().square_()
+    gap_RP = (code_RP + 1).square_().square_().sub_(low_RP)
+    code_RP += dice_RP * 2.0**-16 * gap_RP < root_RP.square_().square_().sub_(low_RP)
+    return code_RP.clamp_(max=127).copysign_(value_RP).to(torch.int8), scale_RL
+
+
+def decode_exp_avg(code_RP: Tensor, scale_RL: Tensor) -> Tensor:
+    """fp32 values of `encode_exp_avg`'s codes."""
+    return unscaled(code_RP, scale_RL).square_().square_().copysign_(code_RP)
+
+
+def encode_exp_avg_sq(value_RP: Tensor, dice_RP: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 codes, fp32 scales [R, L]: value ≈ (code · scale)⁸, scale = max value^(1/8) / 255 over a block.
+
+    The mean of the root is exact. A value above 0 has a code of at least 1: decoded as 0 it would let the next
+    update divide by eps alone.
+    """
+    code_RP, scale_RL = scaled(square_root(square_root(square_root(value_RP))), 255)
+    code_RP = code_RP.add_(dice_RP * 2.0**-16).floor_().clamp_(max=255)
+    return torch.maximum(code_RP, value_RP > 0).to(torch.uint8), scale_RL
+
+
+def decode_exp_avg_sq(code_RP: Tensor, scale_RL: Tensor) -> Tensor:
+    """fp32 values of `encode_exp_avg_sq`'s codes."""
+    return unscaled(code_RP, scale_RL).square_().square_().square_()
+
+
+def scaled(root_RP: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    """Each block divided by its scale, which makes its maximum `largest`; a block of zeros has scale 0."""
+    root_RLZ = root_RP.unflatten(1, (-1, BLOCK))
+    scale_RL = root_RLZ.amax(2) / largest
+    return (root_RLZ / scale_RL.masked_fill(scale_RL == 0, 1.0)[:, :, None]).flatten(1), scale_RL
+
+
+def unscaled(code_RP: Tensor, scale_RL: Tensor) -> Tensor:
+    """code · scale in fp32."""
+    return (code_RP.unflatten(1, (-1, BLOCK)) * scale_RL[:, :, None]).flatten(1)
+
+
+# Random bits.
+
+GOLDEN = 0x9E3779B9 - 2**32  # 2^32 divided by the golden ratio, as a signed number
+
+
+def random_bits(seed: int, rows_R: Tensor, length: int) -> Tensor:
+    """32 random bits for each of the first `length` places of the given rows: int32 [R, length]."""
+    key_R1 = mix(rows_R.to(torch.int32) + fold(seed))[:, None]
+    index_P = torch.arange(length, dtype=torch.int32, device=rows_R.device)
+    return mix(mix(index_P ^ key_R1) + key_R1)
+
+
+def mix(bits: Tensor) -> Tensor:
+    """A bijection of 32 bit integers (int32, wrapping) that spreads each bit over all.
+
+    `lowbias32` of C. Wellons' hash-prospector (public domain, https://nullprogram.com/blog/2018/07/31/).
+    """
+    bits = bits ^ ((bits >> 16) & 0xFFFF)  # the mask makes the shift of a signed number fill with zeros
+    bits.mul_(0x7FEB352D)
+    bits ^= (bits >> 15) & 0x1FFFF
+    bits.mul_(0x846CA68B - 2**32)
+    bits ^= (bits >> 16) & 0xFFFF
+    return bits
+
+
+def fold(seed: int) -> int:
+    """Any integer as 32 mixed bits, a signed number (the finaliser of splitmix64)."""
+    bits = (seed + 0x9E3779B97F4A7C15) % 2**64
+    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB % 2**64
+    return (bits ^ bits >> 31) % 2**32 - 2**31
+
+
+def check_rows(*operands: Tensor | None) -> None:
+    """Rows of whole blocks, contiguous inside."""
+    assert operands[0].shape[1] % BLOCK == 0
+    assert all(operand.stride(1) == 1 for operand in operands if operand is not None)

@@ -1,0 +1,213 @@
+"""`kernels/adamw.py` as Triton kernels: one pass over the operands, the same arithmetic and random bits.
+
+bf16 is passed as int16 and converted by hand: exact to the bit everywhere, the interpreter of Triton included.
+Products and sums are not fused and roots and quotients are rounded correctly, so that a CPU and a GPU agree.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.adamw import BLOCK, AdamW, State, bias_corrections, fold
+
+TILE = {"BLOCKS": 4, "BLOCK": BLOCK}  # of one program: a warp has one block, 8 values a thread
+LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
+GOLDEN = tl.constexpr(0x9E3779B9)
+
+
+def update_rows(
+    weight_RP: Tensor,
+    grad_RP: Tensor,
+    state: State,
+    updates_R: Tensor,
+    factor_R: Tensor,
+    settings: AdamW,
+    seed: int,
+    stochastic: bool,
+) -> None:
+    """`kernels.adamw.update_rows` on CUDA; no copy from or to the host, so it runs ahead and can be captured."""
+    step_R, inverse_root_R = bias_corrections(updates_R, settings)
+    operands = (weight_RP, grad_RP, *state)
+    update_kernel[grid(weight_RP)](
+        *map(as_bits, operands),
+        *(0 if operand is None else operand.stride(0) for operand in operands),
+        factor_R,
+        step_R,
+        inverse_root_R,
+        settings.beta1,
+        1 - settings.beta1,
+        settings.beta2,
+        1 - settings.beta2,
+        settings.eps,
+        1 - settings.lr * settings.weight_decay,
+        fold(seed),
+        weight_RP.shape[1],
+        stochastic,
+        **TILE,
+        **LAUNCH,
+    )
+    updates_R += factor_R > 0
+
+
+def accumulate_rows(accumulator_RP: Tensor, grad_RP: Tensor, seed: int) -> None:
+    """`kernels.adamw.accumulate_rows` with stochastic rounding to bf16, on CUDA."""
+    accumulate_kernel[grid(accumulator_RP)](
+        as_bits(accumulator_RP),
+        as_bits(grad_RP),
+        accumulator_RP.stride(0),
+        grad_RP.stride(0),
+        fold(seed),
+        accumulator_RP.shape[1],
+        **TILE,
+        **LAUNCH,
+    )
+
+
+def grid(rows_RP: Tensor) -> tuple[int, int]:
+    return triton.cdiv(rows_RP.shape[1], TILE["BLOCKS"] * BLOCK), len(rows_RP)
+
+
+def as_bits(operand: Tensor | None) -> Tensor | None:
+    """bf16 as int16."""
+    return operand.view(torch.int16) if operand is not None and operand.dtype == torch.bfloat16 else operand
+
+
+@triton.jit(do_not_specialize=["seed"])
+def update_kernel(
+    weight, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, master,
+    weight_stride, grad_stride, exp_avg_stride, exp_avg_sq_stride,
+    exp_avg_scale_stride, exp_avg_sq_scale_stride, master_stride,
+    factor_R, step_R, inverse_root_R,
+    beta1, rest1, beta2, rest2, eps, decay, seed, P,
+    STOCHASTIC: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program updates BLOCKS blocks of one row. rest is 1 − beta, decay 1 − lr · weight decay."""
+    row = tl.program_id(1).to(tl.int64)
+    factor = tl.load(factor_R + row)
+    if not (factor > 0):
+        return
+    block, place, inside = tile(P, BLOCKS, BLOCK)
+    in_row = block < P // BLOCK
+    bits = random_bits(seed, row, place)
+    moment_bits = mix(bits + GOLDEN)
+
+    gradient = load(grad + row * grad_stride + place, inside) * factor
+    exp_avg += row * exp_avg_stride
+    exp_avg_sq += row * exp_avg_sq_stride
+    m = load(exp_avg + place, inside)
+    v = load(exp_avg_sq + place, inside)
+    if exp_avg_scale is not None:
+        exp_avg_scale += row * exp_avg_scale_stride + block
+        exp_avg_sq_scale += row * exp_avg_sq_scale_stride + block
+        root = m * tl.load(exp_avg_scale, in_row, 0.0)[:, None]
+        root = root * root
+        m = tl.where(m < 0, -(root * root), root * root)
+        root = v * tl.load(exp_avg_sq_scale, in_row, 0.0)[:, None]
+        root = root * root
+        root = root * root
+        v = root * root
+    m = m * beta1 + gradient * rest1
+    v = v * beta2 + gradient * gradient * rest2
+
+    weight += row * weight_stride + place
+    exact = weight
+    if master is not None:
+        exact = master + row * master_stride + place
+    denominator = tl.sqrt_rn(v) * tl.load(inverse_root_R + row) + eps
+    value = load(exact, inside) * decay - tl.div_rn(m, denominator) * tl.load(step_R + row)
+    store(weight, value, bits, inside, STOCHASTIC and master is None)
+    if master is not None:
+        tl.store(exact, value, inside)
+
+    if exp_avg_scale is not None:
+        root, scale = scaled(tl.sqrt_rn(tl.sqrt_rn(tl.abs(m))), 127.0)
+        code = tl.floor(root)
+        low = fourth_power(code)
+        up = uniform(moment_bits) * (fourth_power(code + 1) - low) < fourth_power(root) - low
+        code = tl.minimum(code + up.to(tl.float32), 127.0)
+        tl.store(exp_avg + place, tl.where(m < 0, -code, code).to(tl.int8), inside)
+        tl.store(exp_avg_scale, scale, in_row)
+
+        root, scale = scaled(tl.sqrt_rn(tl.sqrt_rn(tl.sqrt_rn(v))), 255.0)
+        code = tl.minimum(tl.floor(root + uniform(moment_bits >> 16)), 255.0)
+        code = tl.maximum(code, (v > 0).to(tl.float32))
+        tl.store(exp_avg_sq + place, code.to(tl.uint8), inside)
+        tl.store(exp_avg_sq_scale, scale, in_row)
+    else:
+        store(exp_avg + place, m, moment_bits, inside, STOCHASTIC)
+        store(exp_avg_sq + place, v, moment_bits >> 16, inside, STOCHASTIC)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def accumulate_kernel(
+    accumulator, grad, accumulator_stride, grad_stride, seed, P,
+    BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program adds BLOCKS blocks of one row."""
+    row = tl.program_id(1).to(tl.int64)
+    _, place, inside = tile(P, BLOCKS, BLOCK)
+    accumulator += row * accumulator_stride + place
+    value = load(accumulator, inside) + load(grad + row * grad_stride + place, inside)
+    store(accumulator, value, random_bits(seed, row, place), inside, True)
+
+
+@triton.jit
+def tile(P, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's blocks [BLOCKS], their places in the row [BLOCKS, BLOCK], and which of these exist."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    place = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    return block, place, place < P
+
+
+@triton.jit
+def load(pointer, inside):
+    """fp32 values; int16 are the bits of bf16."""
+    value = tl.load(pointer, inside, 0)
+    if pointer.dtype.element_ty == tl.int16:
+        return (value.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def store(pointer, value, dice, inside, STOCHASTIC: tl.constexpr):
+    """fp32, or the bits of bf16: rounded with the 16 low bits of dice, or to nearest, ties to even."""
+    if pointer.dtype.element_ty == tl.int16:
+        bits = value.to(tl.uint32, bitcast=True)
+        carry = (dice & 0xFFFF) if STOCHASTIC else 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(value == value, bits + carry, 0x7FC00000)  # a NaN could carry through its sign
+        tl.store(pointer, (bits >> 16).to(tl.int16), inside)
+    else:
+        tl.store(pointer, value, inside)
+
+
+@triton.jit
+def scaled(root, largest):
+    scale = tl.div_rn(tl.max(root, 1), largest)
+    return tl.div_rn(root, tl.where(scale == 0, 1.0, scale)[:, None]), scale
+
+
+@triton.jit
+def fourth_power(x):
+    return (x * x) * (x * x)
+
+
+@triton.jit
+def uniform(dice):
+    return (dice & 0xFFFF).to(tl.float32) * (1 / 65536)
+
+
+@triton.jit
+def random_bits(seed, row, place):
+    key = mix(row.to(tl.uint32) + seed.to(tl.uint32))
+    return mix(mix(place.to(tl.uint32) ^ key) + key)
+
+
+@triton.jit
+def mix(bits):
+    bits ^= bits >> 16
+    bits *= 0x7FEB352D
+    bits ^= bits >> 15
+    bits *= 0x846CA68B
+    bits ^= bits >> 16
+    return bits

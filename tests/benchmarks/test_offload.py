@@ -1,0 +1,146 @@
+"""Streamed against the rest: which cells there are, what follows from their rows, and the command."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.offload import STREAMED, WINDOWS, compared, goals, groups, judge, main, parser, zero3_json
+from model.presets import PRESETS
+from training import deepspeed_config
+from training.config import TrainingArguments
+
+ROOT = Path(__file__).resolve().parents[2]
+BUS = {"name": "bus", "bus_up_gb_s": 50.0, "bus_down_gb_s": 50.0, "bus_both_gb_s": 40.0}
+
+
+def row(name, placement, step_s, tokens=2048, model_size="3B", **more):
+    return {
+        "name": name, "placement": placement, "model_size": model_size, "tokens": tokens, "step_s": step_s,
+        "tokens_per_s": tokens / step_s, "checkpointing": "", "routing": "token", **more,
+    }  # fmt: skip
+
+
+def streamed(step_s, **more):
+    return row(STREAMED, "streamed", step_s, **{"up_gb": 20.0, "down_gb": 10.0, **more})
+
+
+@pytest.mark.parametrize("size", [size for size in PRESETS if size != "tiny"])
+@pytest.mark.parametrize("state", ["bf16", "fp32"])
+def test_zero3_settings(tmp_path, size, state):
+    shipped = json.loads((deepspeed_config.DIRECTORY / f"{size}_consumer.json").read_text())
+    for windows in ("tight", "loose"):
+        path = zero3_json(tmp_path / "x.json", size, 8, windows, state, None)
+        config = deepspeed_config.load(
+            path, TrainingArguments(), placement="zero3", precision="bf16", world_size=1
+        )
+        assert config["bf16"].get("bf16_optimizer_states", False) == (state == "bf16")
+        zero = config["zero_optimization"]
+        assert zero["offload_optimizer"]["device"] == "cpu"
+        if windows == "loose":
+            assert not set(WINDOWS) & set(zero)
+        else:  # a page of 8 experts: what the preset ships
+            for key in WINDOWS:
+                assert zero[key] == pytest.approx(shipped["zero_optimization"][key], rel=0.05), key
+
+
+def test_the_most_important_cells_come_first_and_token_counts_share_an_engine(tmp_path):
+    args = parser().parse_args(["--only", "streamed bf16", "resident", "bank loose"])
+    wanted = groups(args, tmp_path, [])
+    named = [(cells[0].name, cells[0].model_size) for cells in wanted]
+    assert named[:4] == [(name, size) for name in (STREAMED, "resident") for size in ("3B", "1B")]
+    assert {name for name, _ in named} == {
+        STREAMED, "resident", "zero3 bank loose bf16", "zero3 bank loose fp32", "streamed bf16 step routing"
+    }  # fmt: skip
+    for cells in wanted:
+        assert [(cell.batch_size, cell.gradient_checkpointing) for cell in cells] == [
+            (4, False), (16, False), (64, True)
+        ]  # fmt: skip
+    rows = [BUS, streamed(1.0), streamed(1.0, tokens=8192), row("resident", "resident", 1.0, model_size="1B")]
+    rest = {(cells[0].name, cells[0].model_size): len(cells) for cells in groups(args, tmp_path, rows)}
+    assert (rest[STREAMED, "3B"], rest[STREAMED, "1B"], rest["resident", "1B"]) == (1, 3, 2)
+
+
+def test_a_streamed_row_is_compared_with_the_same_load():
+    rows = [
+        BUS,
+        streamed(0.5),
+        row("zero3 page", "zero3", 2.0),
+        row("zero3 bank", "zero3", 1.8),
+        row("zero3 failed", "zero3", 0.1, error="out of memory"),
+        row("zero3 page", "zero3", 0.1, tokens=8192),
+        row("zero3 page", "zero3", 0.1, model_size="1B"),
+        row("zero3 page", "zero3", 0.1, checkpointing="yes"),
+        row("fsdp2", "fsdp2", 3.0),
+        row("resident", "resident", 0.3),
+    ]
+    assert compared(rows[1], rows) == pytest.approx(
+        {
+            "over_zero3": 3.6, "over_fsdp2": 6.0, "of_resident": 0.6, "bus_s": 0.4, "of_bus": 0.8,
+            "bus_shared_s": 10 / 40 + 10 / 50, "of_bus_shared": 0.9, "limit_s": 0.4, "of_limit": 0.8,
+        }
+    )  # fmt: skip
+    assert all(compared(other, rows) == {} for other in rows if other is not rows[1])
+    assert compared(streamed(0.5, tokens=8192), rows[:2]).keys() == {
+        "bus_s", "of_bus", "bus_shared_s", "of_bus_shared"
+    }  # fmt: skip
+    assert "limit_s" not in compared(streamed(0.5, routing="step"), rows)  # its experts are fewer
+    slow = [BUS, streamed(1.0), row("resident", "resident", 0.8)]
+    assert compared(slow[1], slow)["limit_s"] == 0.8
+    assert judge(rows)[0][1]["over_zero3"] == pytest.approx(3.6) and "over_zero3" not in rows[1]
+
+
+def test_goals():
+    def judged(rows):
+        return {goal["name"].split(",")[0]: (goal["measured"], goal["met"]) for goal in goals(rows)}
+
+    small = [BUS, streamed(0.5), row("zero3", "zero3", 1.8), row("resident", "resident", 0.3)]
+    assert judged(small) == {
+        "times the tokens/s of the best zero3": (pytest.approx(3.6), True),
+        "share of the bus": (pytest.approx(0.8), False),
+    }
+    large = {"tokens": 32768, "checkpointing": "yes"}
+    rows = [
+        BUS,
+        streamed(1.0, gpu_allocated_gb=5.5, **large),
+        row("zero3", "zero3", 2.9, **large),
+        row("resident", "resident", 0.75, **large),
+    ]
+    assert judged(rows) == {  # computation binds: the bus is no goal
+        "times the tokens/s of the best zero3": (pytest.approx(2.9), False),
+        "share of resident tokens/s": (pytest.approx(0.75), True),
+        "GB of GPU memory": (5.5, False),
+    }
+    assert judged([{**streamed(0.5), "error": "out of memory"}, *small[2:], BUS]) == {}
+    assert judged([row("streamed int8", "streamed", 0.1, up_gb=1.0, down_gb=1.0), *small[2:], BUS]) == {}
+
+
+@pytest.mark.slow
+def test_command_goes_on_where_it_was_ended(tmp_path):
+    def bench(*flags):
+        command = [sys.executable, str(ROOT / "benchmarks" / "offload.py"), "--device", "cpu", "--steps", "1"]
+        command += ["--model-size", "tiny", "--output", ".", "--recompute-from", "1024", *flags]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=500)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads((tmp_path / "offload.json").read_text())["rows"]
+
+    first = bench("--tokens", "512", "--only", "streamed int8")
+    assert [row["name"] for row in first] == ["bus", "streamed int8"] and "error" not in first[1]
+    rows = bench("--tokens", "512", "1024", "--only", "int8", "zero3 page 8 tight bf16", "--keep")
+    assert [(row["name"], row.get("tokens"), row.get("checkpointing")) for row in rows] == [
+        ("bus", None, None),
+        ("streamed int8", 512, ""),
+        ("zero3 page 8 tight bf16", 512, ""),
+        ("zero3 page 8 tight bf16", 1024, "yes"),
+        ("streamed int8", 1024, "yes"),
+    ]
+    assert {**rows[1], **first[1]} == rows[1]  # not measured again
+    assert "over_zero3" in rows[1] and "over_zero3" in rows[4] and "of_resident" not in rows[1]
+
+
+def test_tokens_are_whole_rows(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["offload.py", "--tokens", "700"])
+    with pytest.raises(SystemExit, match="--tokens 700 is not a multiple of 512"):
+        main()

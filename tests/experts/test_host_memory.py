@@ -1,0 +1,113 @@
+"""Host memory of exactly the size asked for, released with its tensor, and the CPUs near a GPU."""
+
+import gc
+import os
+import subprocess
+import sys
+
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experts.host_memory import available_bytes, host_array, near, parse_cpus
+
+MEGABYTE = 1 << 20
+
+
+def resident_bytes() -> int:
+    return psutil.Process().memory_info().rss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.uint8, torch.int32])
+def test_zeros_of_any_shape(dtype):
+    array = host_array((3, 7, 5), dtype, lock=False)
+    assert array.shape == (3, 7, 5) and array.dtype == dtype and not array.any()
+    assert array.untyped_storage().nbytes() == 105 * dtype.itemsize
+    array.fill_(3)
+    assert array.float().sum() == 315
+
+
+def test_takes_its_size_and_gives_it_back():
+    """65 MB, which a power of two would make 128: as much is taken when it is written, and none afterwards."""
+    before = resident_bytes()
+    array = host_array((65, MEGABYTE), torch.uint8, lock=False)
+    assert resident_bytes() - before < 5 * MEGABYTE, "pages are taken when they are first written"
+    array.fill_(1)
+    assert 63 * MEGABYTE < resident_bytes() - before < 70 * MEGABYTE
+    view = array[1:]
+    del array
+    gc.collect()
+    assert resident_bytes() - before > 63 * MEGABYTE and view[0, 0] == 1, "a view keeps the memory"
+    del view
+    gc.collect()
+    assert resident_bytes() - before < 5 * MEGABYTE
+
+
+@given(st.sets(st.integers(0, 300), min_size=1), st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=50, derandomize=True)
+def test_lists_of_cpus(cpus, random):
+    """As the kernel writes them: ranges and single numbers with commas between, and a new line."""
+    ordered, parts, start = sorted(cpus), [], 0
+    for i in range(1, len(ordered) + 1):
+        if i == len(ordered) or ordered[i] != ordered[i - 1] + 1 or random.random() < 0.2:
+            first, last = ordered[start], ordered[i - 1]
+            parts.append(str(first) if first == last else f"{first}-{last}")
+            start = i
+    assert parse_cpus(",".join(parts) + "\n") == cpus
+
+
+@pytest.mark.parametrize("text", ["", "\n", "a", "-", "1,,2"])
+def test_what_is_no_list_of_cpus(text):
+    with pytest.raises(ValueError):
+        parse_cpus(text)
+
+
+DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda", 0), marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_process_keeps_its_cpus(device):
+    before = os.sched_getaffinity(0)
+    with near(device):
+        assert os.sched_getaffinity(0) <= before
+    assert os.sched_getaffinity(0) == before
+    with pytest.raises(ZeroDivisionError), near(device):
+        _ = 1 / 0
+    assert os.sched_getaffinity(0) == before
+
+
+def test_available_memory():
+    assert 0 < available_bytes() <= psutil.virtual_memory().total
+
+
+@pytest.mark.gpu
+def test_page_locked_until_the_tensor_is_gone():
+    array = host_array((3, MEGABYTE), torch.float32, lock=True)
+    address, size = array.data_ptr(), array.nbytes
+    assert array.is_pinned() and array[1].is_pinned()
+    device = torch.empty_like(array, device="cuda")
+    device.copy_(array, non_blocking=True)
+    torch.cuda.synchronize()
+    assert torch.equal(device.cpu(), array)
+    del array
+    gc.collect()
+    # The same place can be mapped and registered anew: a registration left behind would refuse it.
+    again = [host_array((3, MEGABYTE), torch.float32, lock=True) for _ in range(4)]
+    assert all(other.is_pinned() and other.nbytes == size for other in again), address
+
+
+@pytest.mark.gpu
+def test_memory_that_cannot_be_locked_is_said_once():
+    """A limit of 0 bytes; root may ignore it, and then memory is locked."""
+    code = (
+        "import resource, torch\nfrom experts.host_memory import host_array\n"
+        "torch.cuda.init()\nresource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))\n"
+        "arrays = [host_array((1 << 20,), torch.float32, lock=True) for _ in range(3)]\n"
+        "print(sum(array.is_pinned() for array in arrays), all((array == 0).all() for array in arrays))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    pinned, zero = done.stdout.split()
+    assert zero == "True" and pinned in ("0", "3")
+    assert done.stderr.count("cannot be page-locked") == (pinned == "0")

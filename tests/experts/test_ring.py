@@ -1,0 +1,178 @@
+"""The ring against a plain model: whatever is announced, taken, changed and cancelled, a slot holds the newest."""
+
+from collections import deque
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from experts.ring import SlotRing
+from experts.store import BankStore, Page, RowLayout, quantities, runs
+
+EXPERTS, LAYERS = 6, 2
+QUANTITIES = ("weight", "exp_avg", "exp_avg_scale", "updates")
+
+
+def make_stores(on_gpu: bool) -> list[BankStore]:
+    """On a GPU page-locked, so that copies run beside computation, and long, so that they take a while."""
+    layout = RowLayout(24, 1000 if on_gpu else 20)
+    stores = [BankStore(EXPERTS, layout, quantities("int8", torch.bfloat16), on_gpu) for _ in range(LAYERS)]
+    for layer, store in enumerate(stores):
+        for array in store.arrays.values():
+            array.copy_((torch.arange(EXPERTS) + layer * EXPERTS)[:, None].expand_as(array))
+    return stores
+
+
+def make_ring(stores, num_slots=3, page_size=3, device="cpu") -> SlotRing:
+    return SlotRing(stores, num_slots, page_size, torch.device(device), None)
+
+
+@given(st.sets(st.integers(0, 20), min_size=1))
+@settings(deadline=None, max_examples=50, derandomize=True)
+def test_runs_are_the_fewest_copies(chosen):
+    experts = tuple(sorted(chosen))
+    seen = []
+    for here, there in runs(experts):
+        assert list(experts[here]) == list(range(there.start, there.stop))
+        assert here.start == len(seen) and there.start - 1 not in seen
+        seen += range(there.start, there.stop)
+    assert tuple(seen) == experts
+
+
+@st.composite
+def rounds(draw) -> list[dict]:
+    """Rounds of pages that share no expert: how many of them are taken, which are changed, how many are held at
+    once, and whether the next round is announced before this one is over (which no change may precede)."""
+    drawn = []
+    for _ in range(draw(st.integers(1, 4))):
+        size = draw(st.integers(1, 3))
+        pages = []
+        for layer in draw(st.permutations(range(LAYERS))):
+            experts = sorted(draw(st.sets(st.integers(0, EXPERTS - 1))))
+            names = draw(st.sampled_from([QUANTITIES, ("weight",), ("weight", "updates")]))
+            pages += [Page(layer, tuple(experts[i : i + size]), names) for i in range(0, len(experts), size)]
+        drawn.append(
+            {
+                "pages": pages,
+                "changed": draw(st.sampled_from([(), (), ("weight",), "all"])),
+                "taken": draw(st.integers(0, len(pages))),
+                "held": draw(st.integers(0, 2)),
+                "early": draw(st.booleans()),
+            }
+        )
+    return drawn
+
+
+def play(schedule: list[dict], num_slots: int, device: str, sleeps=None) -> None:
+    """Run a schedule and compare each slot with the model, at the end for a GPU never waits on the way.
+
+    sleeps: cycles by which the computation lags behind, one draw a page.
+    """
+    stores = make_stores(device == "cuda")
+    newest = [{name: array.clone() for name, array in store.arrays.items()} for store in stores]
+    ring, written, seen = make_ring(stores, num_slots, device=device), 100, []
+    announced: deque[Page] = deque()
+
+    def release(page, slot, changed):
+        nonlocal written
+        for name in changed:
+            written = (written + 1) % 127  # what int8 holds
+            slot.rows(page)[name].fill_(written)
+            newest[page.layer][name][list(page.experts)] = written
+        ring.release(page, slot, changed)
+
+    for number, turn in enumerate(schedule):
+        if not announced:
+            announced.extend(turn["pages"])
+            ring.announce(turn["pages"])
+        held = deque()
+        for index, page in enumerate(turn["pages"][: turn["taken"]]):
+            last = index == len(turn["pages"]) - 1
+            if last and turn["early"] and not turn["changed"] and number + 1 < len(schedule):
+                announced.extend(schedule[number + 1]["pages"])
+                ring.announce(schedule[number + 1]["pages"])
+            assert ring.is_next(page)
+            slot = ring.take(page)
+            assert announced.popleft() == page
+            if sleeps is not None:
+                torch.cuda._sleep(sleeps())
+            for name in page.quantities:
+                seen.append(
+                    (slot.rows(page)[name].clone(), newest[page.layer][name][list(page.experts)], page)
+                )
+            changed = page.quantities if turn["changed"] == "all" else turn["changed"]
+            held.append((page, slot, changed))
+            while len(held) > min(turn["held"], num_slots - 1):
+                release(*held.popleft())
+        while held:
+            release(*held.popleft())
+        if announced and announced[0] in turn["pages"][turn["taken"] :]:
+            ring.cancel()
+            announced.clear()
+            assert not ring.is_next(turn["pages"][-1])
+    ring.synchronize()
+    for found, expected, page in seen:
+        assert torch.equal(found.cpu(), expected), page
+    for store, expected in zip(stores, newest, strict=True):
+        for name, array in store.arrays.items():
+            assert torch.equal(array, expected[name]), name
+
+
+@given(rounds(), st.integers(2, 5))
+@settings(deadline=None, max_examples=300, derandomize=True)
+def test_a_slot_holds_the_newest(schedule, num_slots):
+    play(schedule, num_slots, "cpu")
+
+
+@pytest.mark.gpu
+@given(rounds(), st.integers(2, 5), st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=100, derandomize=True)
+def test_a_slot_holds_the_newest_while_the_gpu_lags(schedule, num_slots, random):
+    play(schedule, num_slots, "cuda", lambda: random.choice([0, 1000, 1_000_000]))
+
+
+def test_uploads_run_ahead_as_far_as_slots_allow():
+    ring = make_ring(make_stores(False), num_slots=3)
+    pages = [Page(0, (expert,), ("weight",)) for expert in range(EXPERTS)]
+    ring.announce(pages)
+    assert (len(ring.travelling), len(ring.announced), len(ring.idle)) == (3, 3, 0)
+    slot = ring.take(pages[0])
+    assert (len(ring.travelling), len(ring.announced), len(ring.idle)) == (2, 3, 0)
+    ring.release(pages[0], slot)
+    assert (len(ring.travelling), len(ring.announced), len(ring.idle)) == (3, 2, 0)
+    ring.cancel()
+    assert (len(ring.travelling), len(ring.announced), len(ring.idle)) == (0, 0, 3)
+
+
+def test_pages_are_taken_in_the_announced_order():
+    ring = make_ring(make_stores(False))
+    first, second = (Page(0, (expert,), ("weight",)) for expert in range(2))
+    ring.announce([first, second])
+    assert ring.is_next(first) and not ring.is_next(second)
+    with pytest.raises(AssertionError, match="order"):
+        ring.take(second)
+
+
+def test_a_page_is_the_same_only_with_the_same_quantities():
+    """Backward must not take for its own what forward fetched without the optimizer state."""
+    ring = make_ring(make_stores(False))
+    ring.announce([Page(0, (0, 1), ("weight",))])
+    assert not ring.is_next(Page(0, (0, 1), ("weight", "exp_avg")))
+    assert not ring.is_next(Page(1, (0, 1), ("weight",)))
+    assert ring.is_next(Page(0, (0, 1), ("weight",)))
+
+
+@pytest.mark.gpu
+def test_uploads_run_beside_computation():
+    """A page announced while the compute stream sleeps has arrived before the stream wakes up."""
+    ring = make_ring(make_stores(True), device="cuda")
+    page = Page(0, (0, 1, 2), ("weight",))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1_000_000_000)
+    asleep = torch.cuda.Event()
+    asleep.record()
+    ring.announce([page])
+    ring.travelling[0][1].uploaded.synchronize()
+    assert not asleep.query(), "the upload waited for the computation"
+    torch.cuda.synchronize()
