@@ -96,6 +96,7 @@ def train(run: RunArguments) -> int:
     """The whole job: data, training, validation, sample answers, and where everything is."""
     from data.loader import prepare
     from inference.generation import sample_answers
+    from kernels.dispatch import describe
     from model.presets import size_of
     from training.engine import leave_ranks, start_ranks
     from training.plan import resolve_device
@@ -116,6 +117,8 @@ def train(run: RunArguments) -> int:
         settings=settings_of(run),
     )
     say("\n".join(trainer.plan.lines(run.training, run.data.max_length)))
+    routing = describe(ranks.device, config.num_experts, config.num_experts_per_tok, config.hidden_size)
+    say(f"routing     {routing}")
     say(f"run         {trainer.run_dir}")
     sys.stdout.flush()
     try:

@@ -7,10 +7,14 @@ were announced, another writes those that were changed, and no expert is read be
 
 from __future__ import annotations
 
+import atexit
 import os
 import queue
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -19,6 +23,7 @@ from torch import Tensor
 from experts.host_memory import host_array
 from experts.store import BankStore, Page, Quantities, RowLayout, Transfer, row_entries
 
+DIRECTORY = "pragnosia-experts-"
 ALIGNMENT = 4096  # of offsets and lengths, for direct I/O
 BLOCK_BYTES, QUEUE_DEPTH = 1 << 20, 32
 
@@ -32,33 +37,76 @@ def record_places(entries: dict[str, tuple[torch.dtype, int]]) -> tuple[dict[str
     return places, end
 
 
-class Disk:
-    """Threads, and twice `num_buffers` buffers of `page_size` records, for the files of all layers."""
+class Worker(threading.Thread):
+    """Runs what it is given, in order, until it is told to stop."""
 
-    def __init__(self, page_size: int, record: int, num_buffers: int, lock: bool):
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.work, self.stopping = queue.SimpleQueue(), False
+        self.start()
+
+    def submit(self, function: Callable, *inputs: object) -> Future:
+        """A future of function(*inputs)."""
+        future = Future()
+        self.work.put((future, function, inputs))
+        return future
+
+    def run(self) -> None:
+        while not self.stopping:
+            future, function, inputs = self.work.get()
+            if not self.stopping and future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(*inputs))
+                except Exception as error:
+                    future.set_exception(error)
+
+
+class Disk:
+    """For the files of all layers: a directory in `path`, threads, and twice `num_buffers` buffers of a page.
+
+    The directory goes when the process ends; one that a killed process left is removed by the next.
+    """
+
+    def __init__(self, path: str, layout: RowLayout, kept: Quantities, page_size: int, num_buffers: int):
         from deepspeed.ops.op_builder import AsyncIOBuilder
 
+        for old in Path(path).glob(f"{DIRECTORY}*"):
+            if not Path("/proc", old.name.removeprefix(DIRECTORY).split("-")[0]).exists():
+                shutil.rmtree(old, ignore_errors=True)
+        self.directory = tempfile.TemporaryDirectory(prefix=f"{DIRECTORY}{os.getpid()}-", dir=path)
+        _, record = record_places(row_entries(layout, kept))
         library = AsyncIOBuilder().load(verbose=False)
         read, write = (library.aio_handle(BLOCK_BYTES, QUEUE_DEPTH, False, True, 1) for _ in range(2))
         self.read_file, self.write_file = read.sync_pread, write.sync_pwrite
-        self.reader, self.writer, self.waiter = (ThreadPoolExecutor(1) for _ in range(3))
+        self.reader, self.writer, self.waiter = Worker(), Worker(), Worker()
         # Two sets of buffers: pages that were read and wait for a slot must not keep a write from its buffer.
         self.read_buffers, self.write_buffers = queue.SimpleQueue(), queue.SimpleQueue()
         for buffers in (self.read_buffers, self.write_buffers):
             for _ in range(num_buffers):
-                buffers.put(host_array((page_size, record), torch.uint8, lock))
+                buffers.put(host_array((page_size, record), torch.uint8, torch.cuda.is_available()))
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """End the threads, with whatever they still wait for, and remove the files."""
+        for worker in (self.reader, self.writer, self.waiter):
+            worker.stopping = True
+            worker.submit(lambda: None)
+        self.read_buffers.put(torch.empty(0))  # the reader may wait for one
+        for worker in (self.reader, self.writer, self.waiter):
+            worker.join(timeout=30)
+        self.directory.cleanup()
 
 
 class NvmeStore(BankStore):
-    """One layer's experts in the file `path`."""
+    """One layer's experts in a file."""
 
-    def __init__(self, num_experts: int, layout: RowLayout, kept: Quantities, disk: Disk, path: Path):
+    def __init__(self, num_experts: int, layout: RowLayout, kept: Quantities, disk: Disk, layer: int):
         """Raises OSError where the disk has no room for the file."""
         self.num_experts, self.layout = num_experts, layout
         self.entries = row_entries(layout, kept)
         self.places, self.record = record_places(self.entries)
-        self.disk, self.path = disk, str(path)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        self.disk, self.path = disk, os.path.join(disk.directory.name, f"layer-{layer:03}")
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
             os.posix_fallocate(handle, 0, num_experts * self.record)  # zeros; a full disk is found here
         finally:
@@ -109,7 +157,7 @@ class NvmeStore(BankStore):
             part = values.flatten(1)[:, there]
             for name in {"weight", "master"} & self.places.keys():
                 self._view(buffer, name)[:, here] = part.to(self.entries[name][0])
-        self._transfer(self.disk.write_file, buffer, range(first, first + count), tuple(self.places))
+        self._store(buffer, range(first, first + count), tuple(self.places))
 
     def rows(self) -> dict[str, Tensor]:
         names = [name for name in self.places if name != "accumulator"]
@@ -121,7 +169,11 @@ class NvmeStore(BankStore):
         buffer = torch.zeros(self.num_experts, self.record, dtype=torch.uint8)
         for name, array in rows.items():
             self._view(buffer, name)[:] = array
-        self._transfer(self.disk.write_file, buffer, range(self.num_experts), tuple(rows))
+        self._store(buffer, range(self.num_experts), tuple(rows))
+
+    def _store(self, buffer: Tensor, experts: range, names: tuple[str, ...]) -> None:
+        """Write records now. On the writer's thread, for DeepSpeed's first write may hang beside another."""
+        self.disk.writer.submit(self._transfer, self.disk.write_file, buffer, experts, names).result()
 
     def _view(self, buffer: Tensor, name: str) -> Tensor:
         """[rows of the buffer, entries] of a quantity."""
@@ -140,7 +192,11 @@ class NvmeStore(BankStore):
         for expert in page.experts:
             if expert in self.writes:
                 self.writes[expert].result()
-        self._transfer(self.disk.read_file, buffer, page.experts, page.quantities)
+        try:
+            self._transfer(self.disk.read_file, buffer, page.experts, page.quantities)
+        except OSError:
+            self.disk.read_buffers.put(buffer)
+            raise
         return buffer
 
     def _write(self, buffer: Tensor, page: Page, changed: tuple[str, ...], event) -> None:

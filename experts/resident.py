@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from experts.page import ExpertPage
-from kernels.reference import Routing, combine, permute
+from kernels.dispatch import combine, permute
+from kernels.reference import Routing
 
 
 class ResidentBank(ExpertPage):

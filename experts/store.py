@@ -183,15 +183,15 @@ class BankStore:
         for part, path in enumerate(paths):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - no dictionary
-                    self._copy_part(rows[name], file.get_slice(name), part)
+                    self._copy_part(name, rows[name], file.get_slice(name), part)
                 metadata = file.metadata()
         self.set_rows(rows)
         return metadata
 
-    def _copy_part(self, array: Tensor, saved, part: int) -> None:
+    def _copy_part(self, name: str, array: Tensor, saved, part: int) -> None:
         """Copy from part `part` of the rows that were saved what lies in this rank's slice."""
         width = saved.get_shape()[1]
-        if width == 1:  # a count for a whole row
+        if name == "updates":  # one for a whole row, the same on every rank
             array.copy_(saved[:])
             return
         first = self.layout.rank * array.shape[1]

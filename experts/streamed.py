@@ -25,12 +25,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from experts.host_memory import near
+from experts.nvme_store import Disk, NvmeStore
 from experts.page import Groups, grouped_matmul, grouped_outer
 from experts.placement import Placement
 from experts.ring import Slot, SlotRing, gather_rows
 from experts.store import PROJECTIONS, STATE_QUANTITIES, BankStore, Page, RowLayout, accumulator, quantities
 from kernels.adamw import AdamW, State, accumulate_rows, clip_factors, sum_of_squares, update_rows
-from kernels.reference import Routing, combine, inverse, swiglu
+from kernels.dispatch import combine, unpermute
+from kernels.reference import Routing, inverse, swiglu
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,9 @@ class StreamSettings:
     seed: int
     stochastic: bool = True
     """Whether weights are rounded to bf16 stochastically."""
+    disk_layers: int = 0
+    """How many layers lie in files under `nvme_path`, the others in memory."""
+    nvme_path: str | None = None
 
 
 class StreamedBank(nn.Module):
@@ -90,8 +95,7 @@ class StreamedFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_TD: Tensor):
         hidden_TD, weights_TK, order_N = ctx.saved_tensors
-        num_tokens, num_active = weights_TK.shape
-        token_N = order_N // num_active
+        token_N = order_N // weights_TK.shape[1]
         weight_N = weights_TK.flatten()[order_N].to(hidden_TD.dtype)
         grad_rows_ND = hidden_TD.new_zeros(len(token_N), hidden_TD.shape[1])
         grad_weight_N = torch.zeros_like(weight_N, dtype=torch.float32)
@@ -104,10 +108,9 @@ class StreamedFunction(torch.autograd.Function):
                 )
             ctx.stream.use_gradients(ctx.visit, page, gradients)
         ctx.stream.end_backward(ctx.visit)
-        back_N = inverse(order_N)
-        grad_hidden_TD = grad_rows_ND[back_N].view(num_tokens, num_active, -1).sum(1)
-        grad_weights_TK = grad_weight_N[back_N].view_as(weights_TK).to(weights_TK.dtype)
-        return None, None, grad_hidden_TD, grad_weights_TK, None
+        places_TK = inverse(order_N).view_as(weights_TK)
+        grad_weights_TK = grad_weight_N[places_TK].to(weights_TK.dtype)
+        return None, None, unpermute(grad_rows_ND, places_TK), grad_weights_TK, None
 
 
 def gate_and_up(input_ND: Tensor, page: VisitedPage) -> tuple[Tensor, Tensor]:
@@ -183,10 +186,17 @@ class StreamedExperts(Placement):
         self.layout = RowLayout(config.moe_intermediate_size, config.hidden_size, rank, ranks)
         self.kept = quantities(settings.state, dtype)
         kept = self.kept | (accumulator(settings.state) if settings.accumulate else {})
+        bank = (self.num_experts, self.layout, kept)
+        on_disk = [
+            (layer + 1) * settings.disk_layers // self.layers > layer * settings.disk_layers // self.layers
+            for layer in range(self.layers)
+        ]  # spread evenly, so that the disk works all the time
         with near(device):
+            if settings.disk_layers:
+                self.disk = Disk(settings.nvme_path, *bank[1:], settings.page_size, settings.num_slots + 1)
             self.stores = [
-                BankStore(self.num_experts, self.layout, kept, lock=device.type == "cuda")
-                for _ in range(self.layers)
+                NvmeStore(*bank, self.disk, layer) if disk else BankStore(*bank, lock=device.type == "cuda")
+                for layer, disk in enumerate(on_disk)
             ]
         self.ring = SlotRing(self.stores, settings.num_slots, settings.page_size, device, gathering)
         self.gradient_RP = torch.zeros(settings.page_size, self.layout.row_size, dtype=dtype, device=device)

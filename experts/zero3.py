@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from experts.page import ExpertPage, Groups, swiglu_experts
-from kernels.reference import Routing, combine, permute
+from kernels.dispatch import combine, permute
+from kernels.reference import Routing
 
 
 class PageFunction(torch.autograd.Function):

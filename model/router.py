@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.reference import RouterStatistics, Routing, route
+from kernels.dispatch import route
+from kernels.reference import RouterStatistics, Routing
 from model.config import PragnosiaConfig
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from kernels.reference import RouterStatistics, Routing, route
+from kernels.dispatch import route
+from kernels.reference import RouterStatistics, Routing
 from model.config import PragnosiaConfig
 from model.router import Router
 

@@ -15,6 +15,13 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
+@functools.cache
+def has_libaio() -> bool:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return AsyncIOBuilder().is_compatible(verbose=False)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         needed = max(
@@ -23,6 +30,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if needed and gpu_count() < needed:
             reason = "needs a CUDA GPU" if needed == 1 else f"needs {needed} CUDA GPUs"
             item.add_marker(pytest.mark.skip(reason=reason))
+        if item.get_closest_marker("libaio") and not has_libaio():
+            item.add_marker(pytest.mark.skip(reason="offload to NVMe needs libaio"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -246,13 +246,23 @@ class TrainingArguments(Checked):
         minimum=1,
     )
     expert_vram: str | None = option(
-        None, "GPU memory for streamed experts, e.g. 512MB (default: 256MB, or what one expert takes)"
+        None, "GPU memory for streamed experts, e.g. 512MB (default: a fiftieth of the GPU's, 256MB to 1GB)"
     )
     expert_state: str | None = option(
         None,
         "optimizer state of streamed experts: fp32 (with a master copy), bf16 or int8 (default: bf16; fp32 with "
         "--precision fp32)",
         choices=("fp32", "bf16", "int8"),
+    )
+    expert_store: str = option(
+        "host",
+        "where streamed experts lie: host memory, or nvme: beyond --expert-ram in files under --nvme-path",
+        choices=("host", "nvme"),
+    )
+    nvme_path: str | None = option(None, "directory of a fast disk, with --expert-store nvme")
+    expert_ram: str | None = option(
+        None,
+        "host memory for streamed experts with --expert-store nvme, e.g. 32GB (default: half of what is free)",
     )
     deepspeed_config: str | None = option(
         None,
@@ -285,8 +295,13 @@ class TrainingArguments(Checked):
         if self.offload_to_cpu is not None and self.placement != "auto":
             flag = "--offload-to-cpu" if self.offload_to_cpu else "--no-offload-to-cpu"
             raise UserError(f"--placement and {flag} both set the placement: give one of them")
-        if self.expert_vram is not None:
-            parse_size("--expert-vram", self.expert_vram)
+        for flag, size in (("--expert-vram", self.expert_vram), ("--expert-ram", self.expert_ram)):
+            if size is not None:
+                parse_size(flag, size)
+        if self.expert_store == "nvme" and self.nvme_path is None:
+            raise UserError("--expert-store nvme needs --nvme-path: a directory of a fast disk")
+        if self.expert_store == "host" and (self.nvme_path or self.expert_ram):
+            raise UserError("--nvme-path and --expert-ram need --expert-store nvme")
         if "none" in self.reporters and len(self.reporters) > 1:
             raise UserError("--report-to none cannot stand beside others")
 

@@ -207,17 +207,17 @@ def check_nvme(config: dict[str, Any]) -> None:
     for path in paths:
         if path is None:
             raise UserError('offload to NVMe needs "nvme_path": the directory of a fast local disk')
-        if not os.path.isdir(path) or not os.access(path, os.W_OK):
-            raise UserError(
-                f"nvme_path {path} is no writable directory: create it or name another in the JSON"
-            )
-    if paths:
-        from deepspeed.ops.op_builder import AsyncIOBuilder
+        check_nvme_path(path, "name another in the JSON")
 
-        if not AsyncIOBuilder().is_compatible(verbose=False):
-            raise UserError(
-                "offload to NVMe needs libaio: install libaio-dev (Debian) or libaio-devel (Fedora)"
-            )
+
+def check_nvme_path(path: str, way_out: str) -> None:
+    """Raises UserError where files in `path` cannot be read and written with DeepSpeed's asynchronous I/O."""
+    if not os.path.isdir(path) or not os.access(path, os.W_OK):
+        raise UserError(f"nvme_path {path} is no writable directory: create it or {way_out}")
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError("offload to NVMe needs libaio: install libaio-dev (Debian) or libaio-devel (Fedora)")
 
 
 def _find(path: str | os.PathLike) -> Path:

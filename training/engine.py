@@ -98,6 +98,8 @@ def build_placement(plan: Plan, args: TrainingArguments, ranks: Ranks) -> Placem
             weight_decay=args.weight_decay,
             betas=ADAM_BETAS,
             seed=args.seed,
+            disk_layers=plan.stream.disk_layers,
+            nvme_path=args.nvme_path,
         ),
         ranks.device,
         DTYPES[plan.precision],

@@ -15,13 +15,15 @@ LOSS_CHUNK_BYTES = (
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """How experts are streamed: sizes, and the bytes that they take on the device and on the host, a rank."""
+    """How experts are streamed: sizes, and the bytes that they take on device, host and disk, a rank."""
 
     page_size: int
     num_slots: int
     state: str
     device: float
     host: float
+    disk: float = 0.0
+    disk_layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,17 @@ def estimate(
     )
     tokens = micro_batch_size * max_length
     width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    heads += config.num_key_value_heads * config.head_dim
     # A page is recomputed in backward from its rows; a resident bank keeps what is inside its experts as well.
     inside = 4 * config.moe_intermediate_size if placement == "resident" else 0
     routed = config.num_experts_per_tok * (inside + 3 * width) if stream is None else 0
-    layer = tokens * weight * (12 * width + 6 * heads + routed)
+    # The residual stream and its norms; queries, keys and values as projected, normed and turned, and the output.
+    layer = tokens * weight * (4 * width + 4 * heads + routed)
     kept = tokens * weight * 2 * width if checkpointing else layer
     activations = kept * config.num_hidden_layers + (layer if checkpointing else 0)
     activations += min(tokens, 2048) / 2048 * LOSS_CHUNK_BYTES * config.vocab_size
+    # In the update DeepSpeed holds the gradients flat and once more in fp32, when activations are gone.
+    peak = max(activations, 0 if precision == "fp32" else 6 * parameters * share[2])
     if placement == "zero3":
         # On the device: what is fetched at once, and one gradient bucket.
         live = zero.get("stage3_max_live_parameters", 1e9) + zero.get("stage3_prefetch_bucket_size", 5e7)
@@ -80,11 +86,13 @@ def estimate(
         )
         return MemoryEstimate(activations + working, weights + gradients + states)
     if stream is None:
-        return MemoryEstimate(weights + gradients + states + activations, 1.5e9)
+        return MemoryEstimate(weights + gradients + states + peak, 1.5e9)
     # Rows of a layer on their way through its experts, and what a page holds inside of them.
     rows = tokens * config.num_experts_per_tok * weight
     inside = 6 * config.moe_intermediate_size * stream.page_size / config.num_experts
-    device = weights + gradients + activations + stream.device + rows * (2 * width + inside)
-    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    on_host = stream.host + (states + gradients if offloaded else 0)
-    return MemoryEstimate(device + (0 if offloaded else states), 1.5e9 + on_host)
+    activations += rows * (2 * width + inside)
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        host = 1.5e9 + stream.host + states + gradients
+        return MemoryEstimate(weights + gradients + activations + stream.device, host)
+    peak = max(activations, peak)
+    return MemoryEstimate(weights + gradients + states + peak + stream.device, 1.5e9 + stream.host)

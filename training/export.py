@@ -16,6 +16,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL_CODE = (
     "model/config.py", "model/attention.py", "model/router.py", "model/step_routing.py", "model/moe.py",
     "model/head.py", "model/causal_lm.py", "experts/page.py", "experts/resident.py", "kernels/reference.py",
+    "kernels/dispatch.py",
 )  # fmt: skip
 SHARED_FIELDS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",

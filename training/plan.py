@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from experts import default_page_size
-from experts.budget import bytes_per_value, choose_pages, device_bytes
+from experts.budget import automatic_budget, bytes_per_value, choose_pages, device_bytes
 from training import deepspeed_config
 from training.config import TrainingArguments, UserError, parse_size
 from training.estimate import MemoryEstimate, StreamPlan, estimate
@@ -41,6 +42,8 @@ class Plan:
         pages = f", pages of {self.page_size} experts" if self.page_size else ""
         if self.stream:
             pages += f" in {self.stream.num_slots} slots, {self.stream.state} optimizer state"
+        if self.stream and self.stream.disk_layers:
+            pages += f", {self.stream.disk_layers} layers ({self.stream.disk / 1e9:,.2f} GB) on the disk"
         return [
             f"model       {self.config.num_params() / 1e6:,.1f}M parameters, "
             + f"{self.config.active_params() / 1e6:,.1f}M active; "
@@ -112,7 +115,7 @@ def make_plan(
                     f"--expert-page-size {page_size} does not divide {config.num_experts} experts"
                 )
         elif placement == "streamed":
-            stream = plan_stream(config, args, deepspeed_config.precision_of(ds_config), world_size)
+            stream = plan_stream(config, args, deepspeed_config.precision_of(ds_config), world_size, device)
             page_size = stream.page_size
         memory = estimate(
             config,
@@ -151,6 +154,7 @@ def check_expert_flags(args: TrainingArguments, placement: str) -> None:
     for flag, value, placements in (
         ("--expert-vram", args.expert_vram, ("streamed",)),
         ("--expert-state", args.expert_state, ("streamed",)),
+        ("--nvme-path", args.nvme_path, ("streamed",)),
         ("--expert-page-size", args.expert_page_size, ("streamed", "zero3")),
     ):
         if value is not None and placement not in placements:
@@ -161,7 +165,7 @@ def check_expert_flags(args: TrainingArguments, placement: str) -> None:
 
 
 def plan_stream(
-    config: PragnosiaConfig, args: TrainingArguments, precision: str, world_size: int
+    config: PragnosiaConfig, args: TrainingArguments, precision: str, world_size: int, device: str
 ) -> StreamPlan:
     """Page size and slots within the budget, and what they take.
 
@@ -185,6 +189,9 @@ def plan_stream(
         )
     limit = parse_size("--expert-vram", args.expert_vram) if args.expert_vram else None
     chosen = choose_pages(config, limit, args.expert_page_size, **sizes)
+    if limit is None:
+        ample = automatic_budget(_device_memory(device))
+        chosen = choose_pages(config, ample, args.expert_page_size, **sizes) or chosen
     if chosen is None:
         page = args.expert_page_size or 1
         least = math.ceil(device_bytes(config, page, 2, **sizes) / 1e6)
@@ -194,7 +201,44 @@ def plan_stream(
         )
     values = config.num_hidden_layers * config.num_experts * config.expert_params()
     host = values / world_size * bytes_per_value(state, precision, sizes["accumulate"])
-    return StreamPlan(*chosen, state, device_bytes(config, *chosen, **sizes), host)
+    plan = StreamPlan(*chosen, state, device_bytes(config, *chosen, **sizes), host)
+    return plan_disk(plan, config, args, world_size) if args.expert_store == "nvme" else plan
+
+
+def plan_disk(
+    plan: StreamPlan, config: PragnosiaConfig, args: TrainingArguments, world_size: int
+) -> StreamPlan:
+    """The same with as many layers on the disk as --expert-ram has no room for.
+
+    Raises:
+        UserError: a directory that cannot be used, no room on its disk, or none for the buffers.
+    """
+    from experts.host_memory import available_bytes
+
+    deepspeed_config.check_nvme_path(args.nvme_path, "use another --nvme-path")
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    room = available_bytes() / 2 / ranks_here
+    if args.expert_ram:
+        room = parse_size("--expert-ram", args.expert_ram) / ranks_here
+    layer = plan.host / config.num_hidden_layers
+    buffers = 2 * (plan.num_slots + 1) * plan.page_size * layer / config.num_experts
+    if room < buffers:
+        raise UserError(
+            f"--expert-ram: buffers for pages on the disk take {math.ceil(buffers * ranks_here / 1e6)} MB: "
+            f"raise it, or use a smaller --expert-page-size"
+        )
+    in_memory = config.num_hidden_layers
+    if plan.host > room:
+        in_memory = int((room - buffers) // layer)
+    on_disk = config.num_hidden_layers - in_memory
+    free = shutil.disk_usage(args.nvme_path).free
+    if on_disk * layer * ranks_here > free:
+        raise UserError(
+            f"--nvme-path {args.nvme_path}: {on_disk * layer * ranks_here / 1e9:,.1f} GB of experts do not fit in "
+            f"the {free / 1e9:,.1f} GB that are free: use another disk or more --expert-ram"
+        )
+    host = in_memory * layer + (buffers if on_disk else 0)
+    return replace(plan, host=host, disk=on_disk * layer, disk_layers=on_disk)
 
 
 def check_host_memory(plan: Plan, ranks_here: int) -> None:
@@ -206,9 +250,10 @@ def check_host_memory(plan: Plan, ranks_here: int) -> None:
     needed, free = plan.memory.host * ranks_here, available_bytes()
     if needed > free:
         cheaper = {"fp32": "--expert-state bf16", "bf16": "--expert-state int8"}.get(plan.stream.state)
+        cheaper = f"{cheaper or 'fewer --num-experts'} or --expert-store nvme"
         raise UserError(
             f"streamed experts and their optimizer state need {needed / 1e9:,.1f} GB of host memory, "
-            f"{free / 1e9:,.1f} GB are free: use {cheaper or 'fewer --num-experts'}"
+            f"{free / 1e9:,.1f} GB are free: use {cheaper}"
         )
 
 

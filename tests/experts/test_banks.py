@@ -154,6 +154,7 @@ def test_the_loop_itself_on_one_token_by_hand():
         weights_TK=torch.tensor([[0.75, 0.25]]),
         counts_E=torch.tensor([1, 1]),
         order_N=torch.tensor([1, 0]),
+        places_TK=torch.tensor([[1, 0]]),
     )
 
     def expert(x, gate, up, down):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experts.budget import DEFAULT_BUDGET, choose_pages, device_bytes
+from experts.budget import DEFAULT_BUDGET, automatic_budget, choose_pages, device_bytes
 from experts.streamed import StreamedExperts, StreamSettings
 from kernels.adamw import BLOCK
 from model.presets import preset_config
@@ -38,8 +38,12 @@ def test_the_choice_fits_and_no_larger_one_does(budget, sizes):
         return
     page, slots = chosen
     assert fits(page, slots) and 1 <= page <= CONFIG.num_experts
+    pages = -(-CONFIG.num_experts // page)
     if slots == 3:
-        assert page == CONFIG.num_experts or not fits(page + 1, 3)
+        assert page == -(-CONFIG.num_experts // pages), (
+            "the last page is as full as the number of pages allows"
+        )
+        assert pages == 1 or not fits(-(-CONFIG.num_experts // (pages - 1)), 3)
     else:
         assert (page, slots) == (1, 2) and not fits(1, 3)
 
@@ -51,6 +55,11 @@ def test_a_given_page_is_kept(budget, page, sizes):
     least = device_bytes(CONFIG, page, 2, **sizes)
     assert (chosen is None) == (least > budget)
     assert chosen is None or chosen[0] == page
+
+
+def test_the_automatic_budget_follows_the_gpu():
+    budgets = [automatic_budget(gpu) for gpu in (4e9, 24e9, 80e9, float("inf"))]
+    assert budgets == [256e6, 480e6, 1e9, 1e9]
 
 
 def test_without_a_budget_there_is_always_a_choice():

@@ -10,7 +10,7 @@ from experts.resident import ResidentBank
 from experts.store import PROJECTIONS
 from experts.streamed import StreamedExperts, StreamSettings, export_name
 from kernels.adamw import AdamW, State, clip_factors, sum_of_squares, update_rows_reference
-from kernels.reference import Routing, route
+from kernels.reference import Routing, inverse, route
 from model import PragnosiaForCausalLM
 from model.presets import preset_config
 from training.weights import fill, initial_weights
@@ -202,7 +202,8 @@ def routing_to(experts: list[int], device="cpu") -> Routing:
     ids_TK = torch.tensor(experts, device=device)[:, None]
     weights_TK = torch.ones(ids_TK.shape, device=device, requires_grad=True)
     counts_E = torch.bincount(ids_TK.flatten(), minlength=EXPERTS)
-    return Routing(ids_TK, weights_TK, counts_E, ids_TK.flatten().argsort(stable=True))
+    order_N = ids_TK.flatten().argsort(stable=True)
+    return Routing(ids_TK, weights_TK, counts_E, order_N, inverse(order_N)[:, None])
 
 
 class Poison(torch.autograd.Function):
@@ -401,6 +402,7 @@ def test_saved_and_loaded_goes_on_bit_for_bit(tmp_path, dtype, state):
     first.experts.save(tmp_path)
     second.experts.load(tmp_path)
     train(second, steps=3, accumulation=2, dtype=dtype)
+    assert whole.experts.passes == second.experts.passes == 10
     for layer in range(LAYERS):
         found, expected = rows_of(second.experts, layer), rows_of(whole.experts, layer)
         for name in found.keys() - {"accumulator"}:

@@ -23,6 +23,7 @@ from deepspeed.utils import safe_get_full_grad
 
 from experts import canonical
 from experts.placement import ordinary_placement
+from kernels.reference import inverse
 from model import PragnosiaForCausalLM
 from model.presets import preset_config
 from training import deepspeed_config
@@ -202,7 +203,10 @@ def force_router(model, experts: list[int]) -> None:
         ids = torch.tensor(experts).expand_as(routing.ids_TK).contiguous()
         flat = ids.reshape(-1)
         counts = torch.bincount(flat, minlength=routing.counts_E.numel())
-        return routing._replace(ids_TK=ids, counts_E=counts, order_N=flat.argsort(stable=True)), statistics
+        order = flat.argsort(stable=True)
+        places = inverse(order).view_as(ids)
+        routing = routing._replace(ids_TK=ids, counts_E=counts, order_N=order, places_TK=places)
+        return routing, statistics
 
     for layer in model.model.layers:
         layer.mlp.gate.register_forward_hook(push)

@@ -80,6 +80,9 @@ def test_every_field_is_set_by_its_flag(settings, name):
         words += ["--routing=step"]
     if name == "expert_vram":
         value, words = "3GB", ["--expert-vram=3GB"]
+    if name in ("expert_store", "nvme_path", "expert_ram"):
+        value = {"expert_store": "nvme", "nvme_path": "disk", "expert_ram": "3GB"}[name]
+        words = ["--expert-store=nvme", "--nvme-path=disk", "--expert-ram=3GB"]
     run = parse(words)
     found = next(s for s in (run.model, run.data, run.training) if isinstance(s, settings))
     assert getattr(found, name) == value != field.default

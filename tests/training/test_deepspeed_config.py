@@ -21,7 +21,9 @@ MACHINES = ("consumer", "consumer_nvme", "a100_node", "a100_cluster")
 
 
 def placement_named(name: str) -> str:
-    return "zero3" if "consumer" in name or "zero3" in name else "streamed" if "streamed" in name else "resident"
+    return (
+        "zero3" if "consumer" in name or "zero3" in name else "streamed" if "streamed" in name else "resident"
+    )
 
 
 def load_text(tmp_path, text: str | dict, placement="resident", precision="bf16", world_size=1, **arguments):

@@ -133,6 +133,11 @@ STREAMED_STEP_ROUTING = {
     for ranks in (1, 2)
     for name in ("stage 0", "stage 3", "recompute", "one page")
 }  # fmt: skip
+STREAMED_CLIPPED_REFERENCE = "1 rank, streamed, some experts clipped"
+STREAMED_CLIPPED = {  # without clipping Adam would forgive gradients that are too large by a factor
+    STREAMED_CLIPPED_REFERENCE: {"ranks": 1, **STREAMED, "stage": 0, "clip": 0.1},
+    "2 ranks, streamed, some experts clipped": {"ranks": 2, **STREAMED, "stage": 2, "clip": 0.1},
+}
 STREAMED_BF16 = {
     f"{ranks} rank, streamed, bf16, {name}": {"ranks": ranks, **STREAMED, "precision": "bf16", **layout}
     for ranks in (1, 2)
@@ -168,7 +173,8 @@ NAN |= STREAMED_NAN
 POISONED = {case: fields for case, (fields, _) in NAN.items()}
 LAYOUTS = {
     **PLAIN, **EQUAL, **SHORT, **STEP_ROUTING, **BF16, **FORCED, **NAN_REFERENCES, **POISONED,
-    **STREAMED_EQUAL, **STREAMED_STEP_ROUTING, **STREAMED_BF16, **STREAMED_FORCED, **STREAMED_NAN_REFERENCES,
+    **STREAMED_EQUAL, **STREAMED_CLIPPED, **STREAMED_STEP_ROUTING, **STREAMED_BF16, **STREAMED_FORCED,
+    **STREAMED_NAN_REFERENCES,
 }  # fmt: skip
 
 GRADIENT_TOLERANCE = 1e-5  # relative, a tensor: sums in another order
@@ -352,6 +358,13 @@ def assert_streamed_close(found: dict, expected: dict, num_always: int) -> None:
 @pytest.mark.parametrize("name", [name for name in STREAMED_EQUAL if name != STREAMED_REFERENCE])
 def test_streamed_experts_equal_resident_ones(results, name):
     assert_streamed_close(results[name], results[STREAMED_REFERENCE], num_always=7)
+
+
+def test_ranks_clip_the_sum_of_their_gradients(results):
+    reference, unclipped = results[STREAMED_CLIPPED_REFERENCE], results[STREAMED_REFERENCE]
+    found = results["2 ranks, streamed, some experts clipped"]
+    assert_streamed_close(found, reference, num_always=7)
+    assert found["losses"][-1] != pytest.approx(unclipped["losses"][-1], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name in STREAMED_FORCED if name != STREAMED_FORCED_REFERENCE])

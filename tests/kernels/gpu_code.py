@@ -1,0 +1,44 @@
+"""Compiles Triton kernels for each kind of GPU, without one, and checks that they fit."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""KB of shared memory that one program may have, by compute capability."""
+
+
+def assert_fits(kernel, types: dict, launch: dict, capability: int, directory: Path, registers: int) -> None:
+    """Compile for one capability; nothing may spill, nor need more registers a thread than given.
+
+    types: a type such as `*fp32` for each pointer, None or another constant for what is known when compiling, fp32
+    for floats; whatever is not named is an int32. Pointers, and numbers called E or D, are multiples of 16.
+    """
+    signature, attributes, constants = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        kind = types.get(name, "i32")
+        if not isinstance(kind, str):
+            constants[name], kind = kind, "constexpr"
+        signature[name] = kind
+        if kind.startswith("*") or (name in ("E", "D") and kind == "i32"):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", capability, 32)
+    binary = triton.compile(source, target=target, options=launch)
+    assert binary.metadata.shared <= SHARED[capability] * 1024
+    file = directory / "kernel.ptx"
+    file.write_text(binary.asm["ptx"])
+    name = re.search(r"\.target (sm_\w+)", binary.asm["ptx"])[1]
+    done = subprocess.run(
+        [get_ptxas(capability).path, "-v", f"--gpu-name={name}", str(file), "-o", os.devnull],
+        capture_output=True,
+        text=True,
+    )
+    assert re.findall(r"(\d+) bytes spill", done.stderr) == ["0", "0"], done.stderr
+    assert int(re.search(r"Used (\d+) registers", done.stderr)[1]) <= registers, done.stderr
