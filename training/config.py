@@ -288,7 +288,9 @@ class TrainingArguments(Checked):
         several=True,
     )
     deterministic: bool = option(False, "bit-for-bit repeatable, slower")
-    max_nan_steps: int = option(5, "stop after this many steps in a row whose loss is not finite", minimum=1)
+    max_nan_steps: int = option(
+        5, "stop after this many steps in a row whose numbers are not finite", minimum=1
+    )
     export_format: str = option("pragnosia", "format of final_model", choices=("pragnosia", "qwen3_moe"))
 
     def check(self) -> None:

@@ -237,7 +237,7 @@ class Pretrainer:
         if self.bad_steps >= self.args.max_nan_steps:
             good = [path.name for path in disk.checkpoints(self.run_dir)]  # none is written after bad steps
             raise UserError(
-                f"loss not finite for {self.bad_steps} steps in a row (--max-nan-steps), "
+                f"loss or gradients not finite for {self.bad_steps} steps in a row (--max-nan-steps), "
                 f"stopped at step {self.step}: lower --learning-rate or --local-learning-rate and --resume "
                 f"{self.run_dir / good[-1] if good else 'an earlier run (no checkpoint was written yet)'}"
             )
