@@ -79,7 +79,6 @@ def test_every_microbatch_is_counted_once(uninterrupted):
     [
         None,
         pytest.param("0", marks=pytest.mark.slow),
-        pytest.param("2", marks=pytest.mark.slow),
         pytest.param("cpu_zero3", marks=pytest.mark.slow),
     ],
 )
@@ -101,8 +100,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(data, uninterrupted, tmp_path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
-@pytest.mark.parametrize("name", ["cpu", "cpu_zero3"])
+@pytest.mark.parametrize("name, before, after", [("cpu", 2, 1), ("cpu_zero3", 1, 2)])
 def test_counts_follow_to_another_number_of_ranks(data, tmp_path, before, after, name):
     flags = (*STEPS, *ROUTING, "--deepspeed-config", name)
 
@@ -110,7 +108,7 @@ def test_counts_follow_to_another_number_of_ranks(data, tmp_path, before, after,
         return ("--batch-size", str(4 // ranks))
 
     whole, _ = run(data, tmp_path / "whole", *flags, *batch(before), world_size=before)
-    part, _ = run(data, tmp_path / "part", *flags, *batch(before), world_size=before)
+    part = shutil.copytree(whole, tmp_path / "part" / whole.name)
     for done in ("final_model", "checkpoint-6", "checkpoint-8"):
         shutil.rmtree(part / done)
     run(data, tmp_path / "part", *flags, *batch(after), "--resume", str(part), world_size=after)
