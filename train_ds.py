@@ -118,7 +118,7 @@ def train(run: RunArguments) -> int:
     )
     say("\n".join(trainer.plan.lines(run.training, run.data.max_length)))
     routing = describe(ranks.device, config.num_experts, config.num_experts_per_tok, config.hidden_size)
-    say(f"routing     {routing}")
+    say(f"kernels     routing in {routing}")
     say(f"run         {trainer.run_dir}")
     sys.stdout.flush()
     try:

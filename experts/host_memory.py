@@ -28,6 +28,8 @@ class Mapping(mmap.mmap):
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self))
         if int(torch.cuda.cudart().cudaHostRegister(self.address, len(self), 0)) != 0:
             self.address = 0
+            with contextlib.suppress(RuntimeError):  # the refusal waits to be raised by the next kernel
+                torch.ones(1, device="cuda").add_(1)
         return self.address != 0
 
     def __del__(self):
@@ -63,9 +65,11 @@ def available_bytes() -> int:
     import psutil
 
     free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(counts["inactive_file"]))  # cached files give way
     return free
 
 

@@ -67,7 +67,9 @@ class Disk:
     The directory goes when the process ends; one that a killed process left is removed by the next.
     """
 
-    def __init__(self, path: str, layout: RowLayout, kept: Quantities, page_size: int, num_buffers: int):
+    def __init__(
+        self, path: str, layout: RowLayout, kept: Quantities, page_size: int, num_buffers: int, lock: bool
+    ):
         from deepspeed.ops.op_builder import AsyncIOBuilder
 
         for old in Path(path).glob(f"{DIRECTORY}*"):
@@ -83,7 +85,7 @@ class Disk:
         self.read_buffers, self.write_buffers = queue.SimpleQueue(), queue.SimpleQueue()
         for buffers in (self.read_buffers, self.write_buffers):
             for _ in range(num_buffers):
-                buffers.put(host_array((page_size, record), torch.uint8, torch.cuda.is_available()))
+                buffers.put(host_array((page_size, record), torch.uint8, lock))
         atexit.register(self.close)
 
     def close(self) -> None:

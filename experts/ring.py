@@ -125,10 +125,15 @@ class SlotRing:
             store.synchronize()
 
     def _advance(self) -> None:
-        """Start uploads, as far as there are idle slots and pages at hand."""
-        while (
-            self.idle and self.announced and self.stores[self.announced[0].layer].is_ready(self.announced[0])
-        ):
+        """Start uploads, as far as there are idle slots and pages at hand.
+
+        With several ranks a page that is not at hand is waited for: an upload ends in a collective, and all ranks
+        must come to it at the same place.
+        """
+        while self.idle and self.announced:
+            page = self.announced[0]
+            if self.group is None and not self.stores[page.layer].is_ready(page):
+                return
             self._upload()
 
     def _upload(self) -> None:

@@ -191,11 +191,13 @@ class StreamedExperts(Placement):
             (layer + 1) * settings.disk_layers // self.layers > layer * settings.disk_layers // self.layers
             for layer in range(self.layers)
         ]  # spread evenly, so that the disk works all the time
+        lock = device.type == "cuda"
         with near(device):
             if settings.disk_layers:
-                self.disk = Disk(settings.nvme_path, *bank[1:], settings.page_size, settings.num_slots + 1)
+                buffers = (settings.page_size, settings.num_slots + 1)
+                self.disk = Disk(settings.nvme_path, *bank[1:], *buffers, lock)
             self.stores = [
-                NvmeStore(*bank, self.disk, layer) if disk else BankStore(*bank, lock=device.type == "cuda")
+                NvmeStore(*bank, self.disk, layer) if disk else BankStore(*bank, lock)
                 for layer, disk in enumerate(on_disk)
             ]
         self.ring = SlotRing(self.stores, settings.num_slots, settings.page_size, device, gathering)

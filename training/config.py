@@ -431,7 +431,10 @@ def parse(argv: Sequence[str] | None = None, also_suggest: Sequence[str] = ()) -
     values = _read_yaml(given["config"]) if given["config"] else {}
     values.update(given)
     if values.get("resume"):
-        values = {**_recorded_settings(values["resume"]), **values}
+        recorded = _recorded_settings(values["resume"])
+        if values.get("expert_store") == "host":  # back from the disk
+            recorded = {n: v for n, v in recorded.items() if n not in ("nvme_path", "expert_ram")}
+        values = {**recorded, **values}
     model, data, training = (
         settings(**{f.name: values[f.name] for f in dataclasses.fields(settings) if f.name in values})
         for settings in SETTINGS

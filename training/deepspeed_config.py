@@ -207,13 +207,13 @@ def check_nvme(config: dict[str, Any]) -> None:
     for path in paths:
         if path is None:
             raise UserError('offload to NVMe needs "nvme_path": the directory of a fast local disk')
-        check_nvme_path(path, "name another in the JSON")
+        check_nvme_path(path, "name another nvme_path in the JSON")
 
 
 def check_nvme_path(path: str, way_out: str) -> None:
     """Raises UserError where files in `path` cannot be read and written with DeepSpeed's asynchronous I/O."""
     if not os.path.isdir(path) or not os.access(path, os.W_OK):
-        raise UserError(f"nvme_path {path} is no writable directory: create it or {way_out}")
+        raise UserError(f"{path} is no writable directory: create it or {way_out}")
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):

@@ -17,7 +17,7 @@ from torch import nn
 from experts.placement import Placement, ordinary_placement
 from experts.streamed import StreamedExperts, StreamSettings
 from model import PragnosiaConfig, PragnosiaForCausalLM
-from training.config import TrainingArguments
+from training.config import TrainingArguments, UserError
 from training.plan import Plan
 from training.weights import Source, fill
 
@@ -85,6 +85,13 @@ def build_placement(plan: Plan, args: TrainingArguments, ranks: Ranks) -> Placem
     """Where the experts of a planned run live."""
     if plan.stream is None:
         return ordinary_placement(plan.placement, plan.page_size)
+    try:
+        return _streamed_experts(plan, args, ranks)
+    except OSError as error:
+        raise UserError(f"--nvme-path {args.nvme_path}: {error.strerror}: use another disk") from error
+
+
+def _streamed_experts(plan: Plan, args: TrainingArguments, ranks: Ranks) -> StreamedExperts:
     return StreamedExperts(
         plan.config,
         StreamSettings(

@@ -218,6 +218,10 @@ def plan_disk(
     deepspeed_config.check_nvme_path(args.nvme_path, "use another --nvme-path")
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     room = available_bytes() / 2 / ranks_here
+    if world_size > 1 and not args.expert_ram:
+        raise UserError(
+            "--expert-store nvme on several ranks needs --expert-ram: all must put the same layers on the disk"
+        )
     if args.expert_ram:
         room = parse_size("--expert-ram", args.expert_ram) / ranks_here
     layer = plan.host / config.num_hidden_layers
@@ -250,7 +254,8 @@ def check_host_memory(plan: Plan, ranks_here: int) -> None:
     needed, free = plan.memory.host * ranks_here, available_bytes()
     if needed > free:
         cheaper = {"fp32": "--expert-state bf16", "bf16": "--expert-state int8"}.get(plan.stream.state)
-        cheaper = f"{cheaper or 'fewer --num-experts'} or --expert-store nvme"
+        disk = "less --expert-ram" if plan.stream.disk_layers else "--expert-store nvme"
+        cheaper = f"{cheaper or 'fewer --num-experts'} or {disk}"
         raise UserError(
             f"streamed experts and their optimizer state need {needed / 1e9:,.1f} GB of host memory, "
             f"{free / 1e9:,.1f} GB are free: use {cheaper}"
