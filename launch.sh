@@ -112,5 +112,5 @@ esac
 cd -- "$root"
 style=0
 "$python" -m ruff check . && "$python" -m ruff format --check . || style=1
-"$python" -m pytest -n 2 --dist loadfile "$@" || exit
+"$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@" || exit
 exit "$style"

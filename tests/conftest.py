@@ -22,7 +22,19 @@ def has_libaio() -> bool:
     return AsyncIOBuilder().is_compatible(verbose=False)
 
 
+# A file runs in one worker: those that take minutes come first, so that no worker ends alone with one.
+LONGEST = (
+    "test_layouts.py",
+    "test_runs.py",
+    "test_streamed_runs.py",
+    "test_step_routing.py",
+    "test_readme.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
     for item in items:
         needed = max(
             (count for marker, count in GPUS_NEEDED.items() if item.get_closest_marker(marker)), default=0

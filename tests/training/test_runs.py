@@ -113,9 +113,10 @@ def test_a_signal_saves_and_the_run_can_go_on(data, uninterrupted, tmp_path, num
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
-@pytest.mark.parametrize("json_name, tolerance", [("stage2", 1e-5), ("cpu_zero3", 1e-5)])
-def test_resume_on_another_number_of_ranks(data, tmp_path, before, after, json_name, tolerance):
+@pytest.mark.parametrize(
+    "json_name, before, after", [("stage2", 1, 2), ("stage2", 2, 1), ("cpu_zero3", 1, 2), ("cpu_zero3", 2, 1)]
+)
+def test_resume_on_another_number_of_ranks(data, tmp_path, json_name, before, after):
     name = json_name
     if json_name == "stage2":
         name = str(tmp_path / "stage2.json")
@@ -132,7 +133,7 @@ def test_resume_on_another_number_of_ranks(data, tmp_path, before, after, json_n
     run(data, tmp_path / "part", *flags, *batch(after), "--resume", str(part), world_size=after)
     assert losses(part).keys() == losses(whole).keys()
     for step, loss in losses(whole).items():
-        assert losses(part)[step] == pytest.approx(loss, rel=tolerance), step
+        assert losses(part)[step] == pytest.approx(loss, rel=1e-5), step
 
 
 def bad(data, tmp_path, *flags, expect=2):
