@@ -14,7 +14,7 @@ DEFAULT_BUDGET, MOST_BY_DEFAULT = 256e6, 1e9
 def automatic_budget(gpu_bytes: float) -> float:
     """GPU memory for streamed experts where nobody says how much: a fiftieth of it, 256 MB at least, 1 GB at most.
 
-    Larger pages spend less time on starting copies and kernels; beyond 1 GB there is nothing left to gain.
+    Larger pages spend less time on starting copies and kernels. The shares are chosen, not measured.
     """
     return min(max(gpu_bytes / 50, DEFAULT_BUDGET), MOST_BY_DEFAULT)
 

@@ -50,7 +50,7 @@ def host_array(shape: tuple[int, ...], dtype: torch.dtype, lock: bool) -> Tensor
     for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
         with contextlib.suppress(AttributeError, OSError):  # hints that a kernel may lack
             mapping.madvise(getattr(mmap, advice))
-    if lock and not mapping.lock() and not _warned:
+    if lock and not mapping.lock() and not _warned and os.environ.get("RANK", "0") == "0":
         _warned = True
         print(
             "expert memory cannot be page-locked, so copies will be slower: raise `ulimit -l` (memlock)",

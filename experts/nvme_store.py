@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from experts.host_memory import host_array
-from experts.store import BankStore, Page, Quantities, RowLayout, Transfer, row_entries
+from experts.store import PROJECTIONS, BankStore, Page, Quantities, RowLayout, Transfer, row_entries
 
 DIRECTORY = "pragnosia-experts-"
 ALIGNMENT = 4096  # of offsets and lengths, for direct I/O
@@ -152,13 +152,12 @@ class NvmeStore(BankStore):
         self.writes.clear()
 
     def write(self, first: int, projections: dict[str, Tensor]) -> None:
+        assert projections.keys() == set(PROJECTIONS), "records are written whole"
         count = len(projections["down_proj"])
         buffer = torch.zeros(count, self.record, dtype=torch.uint8)
-        for projection, values in projections.items():
-            here, there = self.layout.own(projection)
-            part = values.flatten(1)[:, there]
+        for place, part in self._own_parts(projections):
             for name in {"weight", "master"} & self.places.keys():
-                self._view(buffer, name)[:, here] = part.to(self.entries[name][0])
+                self._view(buffer, name)[:, place] = part.to(self.entries[name][0])
         self._store(buffer, range(first, first + count), tuple(self.places))
 
     def rows(self) -> dict[str, Tensor]:

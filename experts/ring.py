@@ -34,10 +34,6 @@ class Slot:
             self.weight_RP = self.weight_RP.new_empty(size, store.layout.row_size)
         self.uploaded = self.free = None  # events; None: at once
 
-    def rows(self, page: Page) -> dict[str, Tensor]:
-        """The page's rows of each of its quantities."""
-        return {name: self.buffers[name][: len(page.experts)] for name in page.quantities}
-
 
 def gather_rows(part_RP: Tensor, whole_RP: Tensor, rows: int, group: dist.ProcessGroup) -> None:
     """All ranks' slices [rows, P / W] of the first rows, side by side in `whole_RP` [rows, P]."""
@@ -77,9 +73,9 @@ class SlotRing:
 
     def is_next(self, page: Page) -> bool:
         """Whether this page is the one to be taken next."""
-        queue = self.travelling or self.announced
-        head = queue[0] if queue else None
-        return (head[0] if self.travelling else head) == page
+        if self.travelling:
+            return self.travelling[0][0] == page
+        return bool(self.announced) and self.announced[0] == page
 
     def take(self, page: Page) -> Slot:
         """The slot that holds the page; computation waits for its upload."""

@@ -159,12 +159,15 @@ class BankStore:
 
     def write(self, first: int, projections: dict[str, Tensor]) -> None:
         """Set weights of some experts, values [R, F, D] or [R, D, F], from expert `first` on."""
+        for place, part in self._own_parts(projections):
+            for name in {"weight", "master"} & self.arrays.keys():
+                self.arrays[name][first : first + len(part), place] = part.to(self.arrays[name].dtype)
+
+    def _own_parts(self, projections: dict[str, Tensor]) -> Iterator[tuple[slice, Tensor]]:
+        """Where in this rank's slice of a row the weights of each projection lie, and these [R, part]."""
         for projection, values in projections.items():
             here, there = self.layout.own(projection)
-            part = values.flatten(1)[:, there]
-            for name in ("weight", "master"):
-                if name in self.arrays:
-                    self.arrays[name][first : first + len(values), here] = part.to(self.arrays[name].dtype)
+            yield here, values.flatten(1)[:, there]
 
     def rows(self) -> dict[str, Tensor]:
         """Every quantity [E, entries] that a checkpoint has; to be changed in place and given to `set_rows`."""

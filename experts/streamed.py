@@ -208,6 +208,7 @@ class StreamedExperts(Placement):
         }  # fmt: skip
         self.groups = (self.group_settings,)
         self.accumulated: list[set[int]] = [set() for _ in range(self.layers)]
+        self.planned: list[Visit] = []  # of this forward, for its backward
         self.passes = 0  # backward passes so far: each rounds with random bits of its own
         self.built = 0
         self.is_boundary: Callable[[], bool] = lambda: True

@@ -491,9 +491,10 @@ class Pretrainer:
         """
         if isinstance(error, UserError | KeyboardInterrupt) or self.ranks.world_size > 1:
             return
-        if self.step == self.last_saved or self.engine._running_engine_step:
+        if self.step == self.last_saved:
             return
-        if self.engine.module.placement.updating:
+        if self.engine._running_engine_step or self.engine.module.placement.updating:
+            self.log.say(f"{type(error).__name__} while weights were being updated: no emergency checkpoint")
             return
         try:
             self.log.say(f"{type(error).__name__}: saving an emergency checkpoint")

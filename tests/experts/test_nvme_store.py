@@ -11,9 +11,8 @@ from experts.nvme_store import ALIGNMENT, DIRECTORY, record_places
 from experts.store import RowLayout, accumulator, quantities, row_entries
 from tests.experts.test_streamed import LAYERS, Streamed, batch, forward, train
 
-pytestmark = pytest.mark.libaio
 
-
+@pytest.mark.libaio
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("state", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("disk_layers", [1, LAYERS])
@@ -28,6 +27,7 @@ def test_equal_to_the_store_in_memory_to_the_bit(tmp_path, disk_layers, state, a
     assert all(torch.equal(value, weights[name]) for name, value in disk.weights().items())
 
 
+@pytest.mark.libaio
 def test_forwards_without_backward_lose_no_buffer(tmp_path):
     """Each leaves pages that were announced, some of them read already."""
     disk = Streamed(disk_layers=LAYERS, nvme_path=str(tmp_path))
@@ -36,6 +36,7 @@ def test_forwards_without_backward_lose_no_buffer(tmp_path):
     train(disk)
 
 
+@pytest.mark.libaio
 def test_save_and_load_across_stores(tmp_path):
     disk = Streamed(disk_layers=2, nvme_path=str(tmp_path), state="int8", stochastic=True)
     train(disk, steps=2)
@@ -75,6 +76,7 @@ if sys.argv[2] == "killed":
 """
 
 
+@pytest.mark.libaio
 def test_files_go_with_the_process(tmp_path):
     """At its end, also with pages still announced; after a kill when the next process starts."""
     command = [sys.executable, "-c", LEAVE, str(tmp_path)]

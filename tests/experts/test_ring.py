@@ -78,7 +78,7 @@ def play(schedule: list[dict], num_slots: int, device: str, sleeps=None) -> None
         nonlocal written
         for name in changed:
             written = (written + 1) % 127  # what int8 holds
-            slot.rows(page)[name].fill_(written)
+            slot.buffers[name][: len(page.experts)].fill_(written)
             newest[page.layer][name][list(page.experts)] = written
         ring.release(page, slot, changed)
 
@@ -98,9 +98,8 @@ def play(schedule: list[dict], num_slots: int, device: str, sleeps=None) -> None
             if sleeps is not None:
                 torch.cuda._sleep(sleeps())
             for name in page.quantities:
-                seen.append(
-                    (slot.rows(page)[name].clone(), newest[page.layer][name][list(page.experts)], page)
-                )
+                found = slot.buffers[name][: len(page.experts)].clone()
+                seen.append((found, newest[page.layer][name][list(page.experts)], page))
             changed = page.quantities if turn["changed"] == "all" else turn["changed"]
             held.append((page, slot, changed))
             while len(held) > min(turn["held"], num_slots - 1):

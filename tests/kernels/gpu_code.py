@@ -1,8 +1,9 @@
-"""Compiles Triton kernels for each kind of GPU, without one, and checks that they fit."""
+"""Triton kernels without a GPU: run in the interpreter, and compiled for each kind of GPU to see that they fit."""
 
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import triton
@@ -14,11 +15,25 @@ SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KB of shared memory that one program may have, by compute capability."""
 
 
-def assert_fits(kernel, types: dict, launch: dict, capability: int, directory: Path, registers: int) -> None:
-    """Compile for one capability; nothing may spill, nor need more registers a thread than given.
+def interpreted(program: str) -> list[str]:
+    """What a test file prints, in words, when it runs as a program in Triton's interpreter."""
+    done = subprocess.run(
+        [sys.executable, program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.split()
+
+
+def assert_fits(
+    kernel, types: dict, launch: dict, capability: int, directory: Path, registers: int, aligned=("E", "D")
+) -> str:
+    """Compile for one capability; nothing may spill, nor need more registers a thread than given. Returns the PTX.
 
     types: a type such as `*fp32` for each pointer, None or another constant for what is known when compiling, fp32
-    for floats; whatever is not named is an int32. Pointers, and numbers called E or D, are multiples of 16.
+    for floats; whatever is not named is an int32. Pointers, and numbers named in `aligned`, are multiples of 16.
     """
     signature, attributes, constants = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -26,7 +41,7 @@ def assert_fits(kernel, types: dict, launch: dict, capability: int, directory: P
         if not isinstance(kind, str):
             constants[name], kind = kind, "constexpr"
         signature[name] = kind
-        if kind.startswith("*") or (name in ("E", "D") and kind == "i32"):
+        if kind.startswith("*") or (name in aligned and kind == "i32"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
@@ -42,3 +57,4 @@ def assert_fits(kernel, types: dict, launch: dict, capability: int, directory: P
     )
     assert re.findall(r"(\d+) bytes spill", done.stderr) == ["0", "0"], done.stderr
     assert int(re.search(r"Used (\d+) registers", done.stderr)[1]) <= registers, done.stderr
+    return binary.asm["ptx"]

@@ -3,23 +3,15 @@
 Run as a program with TRITON_INTERPRET=1 this file compares every case in the interpreter.
 """
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 
 from kernels import adamw_triton  # noqa: E402
 from kernels.adamw import BLOCK, accumulate_rows_reference, update_rows_reference  # noqa: E402
+from tests.kernels.gpu_code import SHARED, assert_fits, interpreted  # noqa: E402
 from tests.kernels.test_adamw import (  # noqa: E402
     KINDS,
     SETTINGS,
@@ -90,15 +82,7 @@ def compare_accumulate(device: str) -> None:
 
 @pytest.mark.slow
 def test_interpreter():
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, __file__],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["compared", str(len(CASES))]
+    assert interpreted(__file__) == ["compared", str(len(CASES))]
 
 
 @pytest.mark.gpu
@@ -149,8 +133,7 @@ def test_rows_beyond_2_to_31_values_on_a_gpu():
     assert torch.equal(far_RP, near_RP)
 
 
-# Compiled for each GPU without one. Shared memory in KB that a program of each may have.
-SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+# Types of the pointers, by what is updated; a pointer that is not named is None.
 POINTERS = {
     "fp32": {"weight": "*fp32", "grad": "*fp32", "exp_avg": "*fp32", "exp_avg_sq": "*fp32"},
     "bf16": {"weight": "*i16", "grad": "*i16", "exp_avg": "*i16", "exp_avg_sq": "*i16"},
@@ -163,45 +146,19 @@ POINTERS = {
 }  # fmt: skip
 
 
-def compiled(kind: str, capability: int):
-    kernel = adamw_triton.accumulate_kernel if kind == "accumulate" else adamw_triton.update_kernel
-    absent = {"exp_avg_scale": None, "exp_avg_sq_scale": None, "master": None}
-    constants = {**absent, "STOCHASTIC": True, **adamw_triton.TILE}
-    signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in POINTERS[kind]:
-            signature[name] = POINTERS[kind][name]
-        elif name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_R"):
-            signature[name] = "*fp32"
-        else:
-            signature[name] = "i32" if name.endswith("stride") or name in ("seed", "P") else "fp32"
-        if signature[name].startswith("*") or name.endswith("stride") or name == "P":
-            attributes[(index,)] = [["tt.divisibility", 16]]
-    constants = {name: constants[name] for name in signature if signature[name] == "constexpr"}
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=adamw_triton.LAUNCH)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", POINTERS)
 @pytest.mark.parametrize("capability", SHARED)
 def test_compiles_for(capability, kind, tmp_path):
-    binary = compiled(kind, capability)
-    assert binary.metadata.shared <= SHARED[capability] * 1024
-    ptx = binary.asm["ptx"]
+    kernel = adamw_triton.accumulate_kernel if kind == "accumulate" else adamw_triton.update_kernel
+    types = {"exp_avg_scale": None, "exp_avg_sq_scale": None, "master": None, **POINTERS[kind]}
+    types |= {"STOCHASTIC": True, **adamw_triton.TILE}
+    types |= {name: "*fp32" for name in kernel.arg_names if name.endswith("_R")}
+    types |= dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps", "decay"), "fp32")
+    aligned = [name for name in kernel.arg_names if name.endswith("stride") or name == "P"]
+    ptx = assert_fits(kernel, types, adamw_triton.LAUNCH, capability, tmp_path, 255, aligned)
     assert "ld.global.v4.b32" in ptx  # 16 bytes a thread at a time
     assert "fma" not in ptx and "sqrt.approx" not in ptx and "div.full" not in ptx  # rounds as the twin
-    file = tmp_path / "kernel.ptx"
-    file.write_text(ptx)
-    target = re.search(r"\.target (sm_\w+)", ptx)[1]
-    done = subprocess.run(
-        [get_ptxas(capability).path, "-v", f"--gpu-name={target}", str(file), "-o", os.devnull],
-        capture_output=True,
-        text=True,
-    )
-    assert re.findall(r"(\d+) bytes spill", done.stderr) == ["0", "0"], done.stderr
 
 
 if __name__ == "__main__":

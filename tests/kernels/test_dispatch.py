@@ -1,10 +1,6 @@
 """Which implementation runs, why, and that it can be overruled."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -111,14 +107,9 @@ def check_model(device: str) -> None:
 
 @pytest.mark.slow
 def test_interpreter():
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, __file__],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)},
-    )
-    assert done.returncode == 0, done.stderr
+    from tests.kernels.gpu_code import interpreted
+
+    interpreted(__file__)
 
 
 @pytest.mark.gpu

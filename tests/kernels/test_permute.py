@@ -3,11 +3,6 @@
 Run as a program with TRITON_INTERPRET=1 this file makes every check in the interpreter.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.utils import deterministic
@@ -17,7 +12,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from kernels import permute, reference  # noqa: E402
-from tests.kernels.gpu_code import SHARED, assert_fits  # noqa: E402
+from tests.kernels.gpu_code import SHARED, assert_fits, interpreted  # noqa: E402
 
 SHAPES = [  # T, E, K, D
     (0, 4, 2, 16), (1, 4, 1, 1), (7, 4, 4, 24), (63, 7, 2, 768), (65, 60, 8, 130), (129, 8, 2, 512),
@@ -161,15 +156,7 @@ CHECKS = [value for name, value in list(globals().items()) if name.startswith("c
 
 @pytest.mark.slow
 def test_interpreter():
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, __file__],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split() == [check.__name__ for check in CHECKS]
+    assert interpreted(__file__) == [check.__name__ for check in CHECKS]
 
 
 @pytest.mark.gpu

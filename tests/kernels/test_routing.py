@@ -3,11 +3,6 @@
 Run as a program with TRITON_INTERPRET=1 this file makes every check in the interpreter.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.utils import deterministic
@@ -17,7 +12,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from kernels import reference, routing  # noqa: E402
-from tests.kernels.gpu_code import SHARED, assert_fits  # noqa: E402
+from tests.kernels.gpu_code import SHARED, assert_fits, interpreted  # noqa: E402
 
 SHAPES = [  # T, E, K
     (0, 8, 2), (1, 1, 1), (1, 4, 2), (7, 4, 4), (63, 7, 1), (65, 60, 8), (129, 128, 8), (300, 4, 2), (20, 40, 16),
@@ -238,15 +233,7 @@ CHECKS = [value for name, value in list(globals().items()) if name.startswith("c
 
 @pytest.mark.slow
 def test_interpreter():
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, __file__],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split() == [check.__name__ for check in CHECKS]
+    assert interpreted(__file__) == [check.__name__ for check in CHECKS]
 
 
 @pytest.mark.gpu

@@ -25,6 +25,12 @@ def write_rows(path: Path, count: int = 120) -> Path:
     return path
 
 
+def without_shape(words: list[str]) -> list[str]:
+    """A command line that leaves the model's shape to the run it starts from."""
+    shape = ("--model-size", "--hidden-size", "--num-layers", "--num-experts")
+    return [word for i, word in enumerate(words) if word not in shape and words[i - 1] not in shape]
+
+
 def command(data: Path, output: Path, *flags: str) -> list[str]:
     """The command line of a small run; a flag given here replaces the small run's own."""
     own = (

@@ -16,12 +16,12 @@ from tests.training.runs import (
     run,
     start,
     weights,
+    without_shape,
     write_rows,
 )
 
 ROUTING = ("--routing", "step", "--expert-pool", "4", "--num-experts", "6")
 STEPS = ("--max-steps", "8", "--save-steps", "3", "--eval-steps", "4")
-NO_SHAPE = ("--model-size", "--hidden-size", "--num-layers", "--num-experts")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def resumed(data, whole, tmp_path, *flags):
     for name in ("final_model", "checkpoint-6", "checkpoint-8"):
         shutil.rmtree(copy / name)
     given = command(data, tmp_path, *STEPS, *flags, "--resume", str(copy))
-    given = [word for i, word in enumerate(given) if word not in NO_SHAPE and given[i - 1] not in NO_SHAPE]
+    given = without_shape(given)
     code, text = finish(start(given))
     assert code == 0, text
     return copy
@@ -118,7 +118,7 @@ def test_counts_follow_to_another_number_of_ranks(data, tmp_path, before, after,
 
 def test_another_run_starts_from_it(data, uninterrupted, tmp_path):
     given = command(data, tmp_path / "out", "--max-steps", "2", "--init-from", str(uninterrupted[0]))
-    given = [word for i, word in enumerate(given) if word not in NO_SHAPE and given[i - 1] not in NO_SHAPE]
+    given = without_shape(given)
     code, text = finish(start(given))
     assert code == 0 and "2 active of a pool of 4" in text, text
     (directory,) = (tmp_path / "out").glob("pragnosia_*")

@@ -18,12 +18,12 @@ from tests.training.runs import (
     run,
     start,
     weights,
+    without_shape,
     write_rows,
 )
 
 STREAMED = ("--placement", "streamed", "--expert-page-size", "3")
 STEPS = ("--max-steps", "8", "--save-steps", "3", "--eval-steps", "4")
-NO_SHAPE = ("--model-size", "--hidden-size", "--num-layers", "--num-experts")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def after_checkpoint_3(whole, tmp_path):
 def resumed(data, copy, *flags, world_size=1):
     """The copy gone on with to its end, with no word of placement and shape."""
     given = command(data, copy.parent, "--max-steps", "8", *flags, "--resume", str(copy))
-    given = [word for i, word in enumerate(given) if word not in NO_SHAPE and given[i - 1] not in NO_SHAPE]
+    given = without_shape(given)
     code, text = finish(start(given, world_size))
     assert code == 0, text
     return copy
@@ -144,9 +144,7 @@ def test_weights_go_from_placement_to_placement(data, uninterrupted, tmp_path):
     for number, placement in enumerate(("resident", "zero3", "streamed")):
         flags = (*still, "--placement", placement, "--init-from", str(origin))
         given = command(data, tmp_path / f"{number}", *flags)
-        given = [
-            word for i, word in enumerate(given) if word not in NO_SHAPE and given[i - 1] not in NO_SHAPE
-        ]
+        given = without_shape(given)
         code, text = finish(start(given))
         assert code == 0, text
         (origin,) = (tmp_path / f"{number}").glob("pragnosia_*")
