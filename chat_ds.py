@@ -19,7 +19,7 @@ from inference.arguments import EngineArguments, ModelSource, read_arguments
 from inference.chat import Chat, line_history, talk_on_terminal, talk_through_pipe
 from inference.engines import open_engine
 from inference.generation import Sampling
-from training.config import run_script
+from training.command_line import run_script
 
 
 @contextlib.contextmanager

@@ -26,7 +26,8 @@ from inference.evaluation import (
     evaluate_loss,
 )
 from inference.generation import context_length
-from training.config import DataArguments, UserError, run_script
+from training.command_line import run_script
+from training.config import DataArguments, UserError
 
 COLUMNS = (
     "loss", "training_choice_loss", "choice_gap", "perplexity", "bits_per_byte", "tokens", "samples",

@@ -15,7 +15,8 @@ import signal
 import sys
 from pathlib import Path
 
-from training.config import RunArguments, UserError, parse, run_script
+from training.command_line import RunArguments, parse, run_script
+from training.config import UserError
 
 
 def main() -> int:
@@ -37,7 +38,8 @@ def settings_of(run: RunArguments) -> dict:
     """All settings, for run.json and --dry-run."""
     from dataclasses import asdict
 
-    return {"model": asdict(run.model), "data": asdict(run.data), "training": asdict(run.training)}
+    groups = ("model", "data", "training", "memory", "cache", "tree")
+    return {name: asdict(getattr(run, name)) for name in groups}
 
 
 def starting_point(run: RunArguments):
@@ -45,7 +47,7 @@ def starting_point(run: RunArguments):
     from data.tokenizer_asset import load_tokenizer
     from model.presets import check_agreement, config_from_arguments
     from training import checkpoint as disk
-    from training.weights import directory_weights
+    from training.weights import directory_weights, initial_weights
 
     origin = None
     if run.training.resume:
@@ -69,7 +71,10 @@ def starting_point(run: RunArguments):
         raise UserError(
             f"--tokenizer {run.model.tokenizer} is not the tokenizer of {origin}: leave --tokenizer out"
         )
-    return config, tokenizer, None if run.training.resume else directory_weights(origin)
+    if run.training.resume:
+        return config, tokenizer, None
+    new_components = initial_weights(run.training.seed, config.initializer_range)
+    return config, tokenizer, directory_weights(origin, new_components)
 
 
 def dry_run(run: RunArguments) -> int:
@@ -98,6 +103,7 @@ def train(run: RunArguments) -> int:
     from inference.generation import sample_answers
     from kernels.dispatch import describe
     from model.presets import size_of
+    from training.components import COMPONENTS, from_arguments
     from training.engine import leave_ranks, start_ranks
     from training.plan import resolve_device
     from training.pretrainer import Interrupted, Pretrainer
@@ -106,6 +112,11 @@ def train(run: RunArguments) -> int:
     say = print if ranks.rank == 0 else lambda *_args: None
     config, tokenizer, weights = starting_point(run)
     data = prepare(run.data, tokenizer, run.training.seed, ranks.rank, ranks.world_size)
+    components = {
+        f"{name}_module": from_arguments(name, getattr(run, name), config)
+        for name, (flag, _) in COMPONENTS.items()
+        if getattr(run.training, flag)
+    }
     trainer = Pretrainer(
         model=config,
         args=run.training,
@@ -115,6 +126,7 @@ def train(run: RunArguments) -> int:
         init_from=weights,
         name=size_of(config),
         settings=settings_of(run),
+        **components,
     )
     say("\n".join(trainer.plan.lines(run.training, run.data.max_length)))
     routing = describe(ranks.device, config.num_experts, config.num_experts_per_tok, config.hidden_size)

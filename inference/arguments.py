@@ -5,7 +5,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from training.config import Checked, Parser, add_options, option
+from training.command_line import Parser, add_options
+from training.config import Checked, option
 
 
 @dataclasses.dataclass

@@ -26,7 +26,8 @@ class CausalLMOutput(ModelOutput):
     loss: the objective, see `forward`. loss_sum: fp32 sum of cross entropy over this batch's targets.
     balance_loss, z_loss: this batch's auxiliary losses, a mean over real tokens and layers, without coefficients.
     router_entropy: mean over real tokens and layers, nats. load_LE: rows of real tokens, a layer and expert.
-    logits: [B, S or logits_to_keep, V], only when no labels are given.
+    logits: [B, S or logits_to_keep, V], only when no labels are given. component_sums: what a component reports,
+    name -> fp32 [2] without gradient: a sum, and the count that makes it a mean.
     """
 
     loss: Tensor | None = None
@@ -37,6 +38,7 @@ class CausalLMOutput(ModelOutput):
     z_loss: Tensor | None = None
     router_entropy: Tensor | None = None
     load_LE: Tensor | None = None
+    component_sums: dict[str, Tensor] | None = None
 
 
 class DecoderLayer(nn.Module):

@@ -7,7 +7,8 @@ class PragnosiaConfig(PretrainedConfig):
     """A decoder with a Mixture-of-Experts feed-forward in every layer; field names are Qwen3-MoE's.
 
     routing: token (each token takes its top k of all experts) or step (its top k of a pool of `expert_pool`,
-    by default as many experts as a token uses; see `model/step_routing.py`).
+    by default as many experts as a token uses; see `model/step_routing.py`). memory, cache, tree: the
+    components of `model/components.py` that a model has; none of them is Qwen3-MoE.
 
     Raises:
         ValueError: sizes that do not fit together (names both and the nearest remedy).
@@ -34,6 +35,9 @@ class PragnosiaConfig(PretrainedConfig):
     router_z_loss_coef: float = 0.001
     routing: str = "token"
     expert_pool: int | None = None
+    memory: dict | None = None
+    cache: dict | None = None
+    tree: dict | None = None
     tie_word_embeddings: bool = True
     use_cache: bool = True
     pad_token_id: int | None = None

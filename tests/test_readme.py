@@ -16,7 +16,8 @@ from inference.chat import COMMANDS
 from inference.generation import Sampling
 from model.presets import PRESETS, preset_config
 from tests.test_budget import BANKS, CALLED, PATH, SOURCE
-from training.config import MODEL_SIZES, parse
+from training.command_line import parse
+from training.config import MODEL_SIZES
 from training.launch import launcher_parser
 
 ROOT = Path(__file__).resolve().parents[1]

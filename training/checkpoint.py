@@ -147,6 +147,45 @@ def checkpoints(run: Path) -> list[Path]:
     return [directory for _, _, directory in sorted(found)]
 
 
+def claim_run(new: Path, resume_from: Path | None, is_main: bool):
+    """(run directory, checkpoint to go on from, lock): a new directory, or that of the resumed run; collective.
+
+    Raises:
+        UserError: it cannot be written, or belongs to another process.
+    """
+    import torch.distributed as dist
+
+    box, held = [None, None], None
+    if is_main:
+        try:
+            run = _new_directory(new) if resume_from is None else resume_from.absolute().parent
+            held = lock(run)
+            (run / ".tmp-probe").write_bytes(b"\0" * 4096)
+            tidy(run)
+            box[0] = str(run)
+        except OSError as error:
+            box[1] = f"--output-dir {new.parent}: {error.strerror}: choose one that can be written"
+        except UserError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box)
+    if box[1]:
+        raise UserError(box[1])
+    run = Path(box[0])
+    if resume_from is not None and not resume_from.exists():  # `tidy` gave it its name back
+        resume_from = run / resume_from.name.removeprefix(".old-")
+    return run, resume_from, held
+
+
+def _new_directory(path: Path) -> Path:
+    """This one, or where another run of the same second has it, a numbered one."""
+    number, name = 1, path.name
+    while path.exists():
+        number += 1
+        path = path.with_name(f"{name}-{number}")
+    path.mkdir(parents=True)
+    return path
+
+
 def prune(run: Path, keep: int) -> None:
     """Delete all but the newest `keep` of the `checkpoint-<step>` directories."""
     numbered = [path for path in checkpoints(run) if path.name not in NAMED]

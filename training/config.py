@@ -1,23 +1,19 @@
-"""Settings of a run: three typed dataclasses, one command line, one YAML file, no torch.
+"""Settings of a run: typed dataclasses, read by one command line (`training/command_line.py`); no torch.
 
 Each field declares its default, its help line and its legal range once; the command line, the YAML file and
 the Python API all read that declaration. Values are converted and checked in `__post_init__`, so every way in
 gives the same error.
 """
 
-import argparse
 import dataclasses
 import difflib
-import json
 import math
 import os
 import re
-import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 MODEL_SIZES = ("tiny", "350M", "1B", "3B", "7B", "13B", "custom")
@@ -292,6 +288,15 @@ class TrainingArguments(Checked):
         5, "stop after this many steps in a row whose numbers are not finite", minimum=1
     )
     export_format: str = option("pragnosia", "format of final_model", choices=("pragnosia", "qwen3_moe"))
+    use_neural_memory: bool | None = option(
+        None, "give the model a neural memory beside attention (default: as the model it starts from)"
+    )
+    use_cache_augmentation: bool | None = option(
+        None, "give it a coprocessor that extends the key-value cache (default: likewise)"
+    )
+    use_tree_of_thoughts: bool | None = option(
+        None, "give it a value head, trained on steps of reasoning (default: likewise)"
+    )
 
     def check(self) -> None:
         if self.offload_to_cpu is not None and self.placement != "auto":
@@ -321,186 +326,59 @@ class TrainingArguments(Checked):
 
 
 @dataclass
-class RunArguments:
-    """Everything `train_ds.py` was told."""
+class MemoryArguments(Checked):
+    """Neural memory, with --use-neural-memory (`model/memory.py`)."""
 
-    model: ModelArguments
-    data: DataArguments
-    training: TrainingArguments
-    dry_run: bool
-    list_datasets: bool
-    local_rank: int
-    argv: list[str]
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors: it names the nearest flag and takes no flag twice.
-
-    It takes no abbreviation, and reads `--some_flag` as `--some-flag`.
-    """
-
-    also_suggest: Sequence[str] = ()  # flags that another program takes, for did-you-mean
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise UserError(message.removeprefix("argument "))
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
-        parsed, extras = self.parse_known_args(args, namespace)
-        flags = [extra.split("=")[0] for extra in extras if extra.startswith("-") and extra != "-"]
-        if flags:
-            known = [*self.also_suggest, *(flag for flag in self._option_string_actions if flag[:2] == "--")]
-            raise UserError(
-                f"unknown option {flags[0]}{did_you_mean(flags[0], known) or '; --help lists all'}"
-            )
-        if extras:
-            raise UserError(f"unexpected argument {extras[0]!r}: options start with --")
-        return parsed
-
-    def parse_known_args(
-        self, args: Any = None, namespace: Any = None
-    ) -> tuple[argparse.Namespace, list[str]]:
-        words = [_dashed(word) for word in (sys.argv[1:] if args is None else args)]
-        seen = set()
-        for word in words:
-            action = self._option_string_actions.get(word.split("=")[0])
-            if action is not None and action.dest in seen:
-                raise UserError(f"{word.split('=')[0]} is set twice: give it once")
-            if action is not None:
-                seen.add(action.dest)
-        return super().parse_known_args(words, namespace)
-
-
-def _dashed(word: str) -> str:
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value
-
-
-def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
-    """Adds a flag for each field of a settings dataclass; flags not given leave nothing in the namespace."""
-    group = parser.add_argument_group((settings.__doc__ or settings.__name__).split(".")[0])
-    hints = typing.get_type_hints(settings)
-    for field in dataclasses.fields(settings):
-        help_text = field.metadata["help"]
-        if bool in (hints[field.name], *typing.get_args(hints[field.name])):
-            group.add_argument(
-                flag_of(field),
-                dest=field.name,
-                action=argparse.BooleanOptionalAction,
-                default=argparse.SUPPRESS,
-                help=help_text,
-            )
-            continue
-        if field.default is not None:
-            help_text += f" (default: {field.default})"
-        choices = field.metadata["choices"]
-        metavar = "|".join(choices) if choices and not field.metadata["several"] else field.name.upper()
-        group.add_argument(
-            flag_of(field), dest=field.name, default=argparse.SUPPRESS, metavar=metavar, help=help_text
-        )
-
-
-SETTINGS = (ModelArguments, DataArguments, TrainingArguments)
-
-
-def parse(argv: Sequence[str] | None = None, also_suggest: Sequence[str] = ()) -> RunArguments:
-    """Reads the command line of `train_ds.py`; a `--config` file lies below the flags, and below that, with
-    `--resume`, what the resumed run recorded.
-
-    Args:
-        also_suggest: flags that another program takes, offered where an unknown one looks like them.
-    Raises:
-        UserError: unknown, doubled or misspelt settings, values of a wrong type or out of range.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser(prog="train_ds.py", description="Train a Mixture-of-Experts language model.")
-    parser.also_suggest = also_suggest
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags override it")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument(
-        "--list-datasets", action="store_true", help="print the known datasets and their licences"
+    memory_size: int = option(2048, "slots of a memory: its heads times their size", minimum=1)
+    num_memory_layers: int = option(
+        3, "decoder layers with a memory, evenly spread", flag="memory-layers", minimum=1
     )
-    parser.add_argument("--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
-    for settings in SETTINGS:
-        add_options(parser, settings)
-    given = vars(parser.parse_args(argv))
-    values = _read_yaml(given["config"]) if given["config"] else {}
-    values.update(given)
-    if values.get("resume"):
-        recorded = _recorded_settings(values["resume"])
-        if values.get("expert_store") == "host":  # back from the disk
-            recorded = {n: v for n, v in recorded.items() if n not in ("nvme_path", "expert_ram")}
-        values = {**recorded, **values}
-    model, data, training = (
-        settings(**{f.name: values[f.name] for f in dataclasses.fields(settings) if f.name in values})
-        for settings in SETTINGS
+    memory_dropout: float = option(0.1, "dropout of what is read", minimum=0, maximum=0.9)
+    memory_head_dim: int | None = option(
+        None, "size of a memory's head (default: 128, or 64 below a width of 1024)", minimum=1
     )
-    return RunArguments(
-        model, data, training, given["dry_run"], given["list_datasets"], given["local_rank"], argv
+    memory_window: int | None = option(
+        None, "tokens that attention sees in layers with a memory (default: all)", minimum=1
     )
 
 
-def _recorded_settings(resume: str) -> dict[str, Any]:
-    """Field name -> value from the run.json of the run that `--resume` names."""
-    from training.checkpoint import resolve_checkpoint
+@dataclass
+class CacheArguments(Checked):
+    """Cache augmentation, with --use-cache-augmentation (`model/cache_augmentation.py`)."""
 
-    try:
-        record = resolve_checkpoint(resume).parent / "run.json"
-        groups = json.loads(record.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError):
-        return {}  # a checkpoint moved out of its run, or none, which whoever resumes it will say
-    names = {field.name for settings in SETTINGS for field in dataclasses.fields(settings)} - {"resume"}
-    return {name: value for group in groups.values() for name, value in group.items() if name in names}
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    """Field name -> value of a flat YAML file; keys may be flags or field names, with `-` or `_`."""
-    import yaml
-
-    try:
-        node = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"--config {path}{where}: not YAML ({getattr(error, 'problem', error)})") from None
-    if node is None:
-        return {}
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"--config {path}: expected lines of the form `setting: value`")
-    fields = {}
-    for settings in SETTINGS:
-        for field in dataclasses.fields(settings):
-            fields[field.name] = fields[flag_of(field)[2:].replace("-", "_")] = field.name
-    values: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        where = f"--config {path} line {key_node.start_mark.line + 1}"
-        key = str(key_node.value)
-        name = fields.get(key.replace("-", "_"))
-        if name is None:
-            raise UserError(f"{where}: unknown setting {key}{did_you_mean(key, fields)}")
-        if name in values:
-            raise UserError(f"{where}: {key} is set twice")
-        loader = yaml.SafeLoader("")
-        try:
-            values[name] = loader.construct_object(value_node, deep=True)
-        except yaml.YAMLError:
-            raise UserError(f"{where}: the value of {key} cannot be read") from None
-    return values
+    coprocessor: str = option(
+        "light",
+        "what reads the cache: light (cross-attention), copy (the model itself) or lora (its low-rank update)",
+        choices=("light", "copy", "lora"),
+    )
+    coprocessor_layers: int = option(2, "layers of a light coprocessor", minimum=1)
+    cache_num_heads: int = option(8, "heads of its attention", flag="cache-heads", minimum=1)
+    cache_dropout: float = option(0.1, "dropout in it", minimum=0, maximum=0.9)
+    num_latents: int = option(16, "latents it appends", minimum=1)
+    num_ahead_tokens: int = option(16, "tokens after the latents that it learns from", minimum=1)
+    num_traces: int = option(8, "places in a row where it is trained", minimum=1)
+    max_cache_length: int = option(65536, "newest cache entries that it reads", minimum=1)
+    retrieval_factor: float = option(1.0, "weight of the latents in attention; 0: the base model", minimum=0)
+    cache_update_freq: int = option(
+        0, "generated tokens between its runs (0: once, at the end of the prompt)", minimum=0
+    )
 
 
-def run_script(main: Callable[[], int | None]) -> typing.NoReturn:
-    """Runs a script's `main` and exits: a UserError is one `error:` line and exit code 2, Ctrl-C is 130."""
-    rank = int(os.environ.get("RANK", "0"))
-    try:
-        sys.exit(main() or 0)
-    except UserError as error:
-        print(f"error{f' (rank {rank})' * (rank > 0)}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+@dataclass
+class TreeArguments(Checked):
+    """Tree of thoughts, with --use-tree-of-thoughts (`inference/tree_of_thoughts.py`)."""
+
+    tree_beam_width: int = option(4, "partial solutions that are kept", minimum=1)
+    tree_branching: int | None = option(
+        None, "steps proposed for each (default: twice --tree-beam-width)", minimum=1
+    )
+    tree_max_depth: int = option(3, "most steps of a solution", minimum=1)
+    tree_temperature: float = option(0.7, "temperature of proposals", minimum=0)
+    tree_top_k: int = option(50, "likeliest tokens that proposals are drawn from", minimum=1)
+    tree_pruning_threshold: float = option(0.1, "value below which a step is dropped", minimum=0, maximum=1)
+    tree_path_score: str = option(
+        "product", "score of a path from the values of its steps", choices=("product", "min", "last")
+    )
+    tree_search: str = option("bfs", "order of the search", choices=("bfs", "dfs", "best_of_n"))
+    max_thought_tokens: int = option(64, "most tokens of a step", minimum=1)
+    value_loss_weight: float = option(0.5, "weight of the value head's loss", minimum=0)

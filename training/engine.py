@@ -140,7 +140,7 @@ def build_model(
 
 
 def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict]:
-    """Experts that are parameters with their own learning rate; matrices with weight decay, norms without."""
+    """Experts that are parameters with their own learning rate; weight decay for matrices alone."""
     groups = {
         name: {"params": [], "lr": rate, "weight_decay": decay, "name": name}
         for name, rate, decay in (
@@ -150,7 +150,13 @@ def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict]:
         )
     }
     for name, parameter in model.named_parameters():
-        kind = "experts" if ".experts." in name else "norms" if re.search(r"norm\.weight$", name) else "dense"
+        kind = (
+            "experts"
+            if ".experts." in name
+            else "norms"
+            if re.search(r"norm\.weight$|bias$", name)
+            else "dense"
+        )
         groups[kind]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
 

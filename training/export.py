@@ -14,9 +14,9 @@ from training.weights import directory_weights, exported_tensors, fill, qwen3_mo
 REPOSITORY = Path(__file__).resolve().parent.parent
 # The modules a loaded model needs, written flat beside the weights for `trust_remote_code`.
 MODEL_CODE = (
-    "model/config.py", "model/attention.py", "model/router.py", "model/step_routing.py", "model/moe.py",
-    "model/head.py", "model/causal_lm.py", "experts/page.py", "experts/resident.py", "kernels/reference.py",
-    "kernels/dispatch.py",
+    "model/config.py", "model/components.py", "model/attention.py", "model/router.py",
+    "model/step_routing.py", "model/moe.py", "model/head.py", "model/causal_lm.py", "experts/page.py",
+    "experts/resident.py", "kernels/reference.py", "kernels/dispatch.py",
 )  # fmt: skip
 SHARED_FIELDS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",

@@ -27,7 +27,8 @@ import psutil
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from training.config import Parser, UserError, parse, run_script
+from training.command_line import Parser, parse, run_script
+from training.config import UserError
 
 CLUSTER_PORT = 29500  # on several machines the port is agreed on beforehand, for the firewall's sake
 POLL_SECONDS = 0.1

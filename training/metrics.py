@@ -24,6 +24,13 @@ def router_load_metrics(load_LE: Tensor) -> dict[str, float]:
     }
 
 
+def component_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """Means of what components report, from the sums of a step (see `StepResult`)."""
+    suffix = " count"
+    names = [name.removesuffix(suffix) for name in sums if name.endswith(suffix)]
+    return {name: sums[name] / max(1.0, sums[name + suffix]) for name in names}
+
+
 def validation_metrics(results: dict[str, dict[str, float]]) -> dict[str, float]:
     """The losses of `evaluate_loss` as validation/<family>/<name>."""
     counts = ("tokens", "samples")

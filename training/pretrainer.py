@@ -31,6 +31,7 @@ from inference.evaluation import evaluate_loss
 from model import PragnosiaConfig, PragnosiaForCausalLM
 from model.step_routing import pool_uses, restore_pool_uses
 from training import checkpoint as disk
+from training.components import add_components
 from training.config import DataArguments, TrainingArguments, UserError
 from training.engine import (
     DTYPES,
@@ -43,6 +44,7 @@ from training.engine import (
 from training.export import export_model, probe_logits, verify_export
 from training.metrics import (
     MetricsLog,
+    component_metrics,
     draw_loss_curve,
     duration,
     memory_metrics,
@@ -77,6 +79,8 @@ class Pretrainer:
         args: how to train.
         train_dataset: `data.loader.Data`, or rows: {"messages"}, {"prompt", "answer"}, {"question", "answer"} or
             {"text"}.
+        memory_module, cache_module, tree_module: configurations of the components that `args` use, or modules
+            that have one as `config` (their weights start anew); default the usual ones.
         tokenizer: default the one in data/tokenizer.
         data_args: row length and the like, for rows.
         init_from: weights to start from instead of random ones.
@@ -93,6 +97,9 @@ class Pretrainer:
         args: TrainingArguments,
         train_dataset: Data | Iterable,
         *,
+        memory_module=None,
+        cache_module=None,
+        tree_module=None,
         tokenizer=None,
         data_args: DataArguments | None = None,
         init_from: Source | None = None,
@@ -109,6 +116,7 @@ class Pretrainer:
             init_from, model = model_weights(model), model.config
         self.config = model
         self.name, self.settings = name, settings or {}
+        add_components(self.config, args, memory=memory_module, cache=cache_module, tree=tree_module)
         disk.check_vocabulary(self.tokenizer, self.config, "this run")
         self.config.pad_token_id = self.tokenizer.pad_token_id
         self.config.eos_token_id = self.tokenizer.eos_token_id
@@ -126,7 +134,10 @@ class Pretrainer:
         )
         check_host_memory(self.plan, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.resume_from = disk.resolve_checkpoint(args.resume) if args.resume else None
-        self.run_dir = self._run_directory()
+        run_name = f"pragnosia_{name}_{self.config.num_experts}experts_{time.strftime('%Y%m%d-%H%M%S')}"
+        self.run_dir, self.resume_from, self.lock = disk.claim_run(
+            Path(args.output_dir).expanduser().absolute() / run_name, self.resume_from, self.is_main
+        )
         self.step = self.epoch = self.step_in_epoch = self.bad_steps = self.bad_validations = self.tokens = 0
         self.best_loss = float("inf")
         self.last_saved = -1
@@ -277,6 +288,7 @@ class Pretrainer:
             "router/z_loss": sums["z"] / tokens,
             "router/entropy": sums["entropy"] / tokens,
             **({} if load_LE is None else router_load_metrics(load_LE)),
+            **component_metrics(sums),
             **memory_metrics(self.ranks.device),
         }
         if window[-1].grad_norm is not None:
@@ -517,46 +529,6 @@ class Pretrainer:
             raise Interrupted(number, self.save("interrupted_checkpoint"))
 
     # -- set-up ----------------------------------------------------------------------------------------------
-
-    def _run_directory(self) -> Path:
-        """A new directory, or that of the resumed run; the same on every rank.
-
-        Raises:
-            UserError: it cannot be written.
-        """
-        name = f"pragnosia_{self.name}_{self.config.num_experts}experts_{time.strftime('%Y%m%d-%H%M%S')}"
-        box = [None, None]
-        if self.is_main:
-            try:
-                box[0] = str(self._make_run_directory(name))
-            except OSError as error:
-                box[1] = (
-                    f"--output-dir {self.args.output_dir}: {error.strerror}: choose one that can be written"
-                )
-            except UserError as error:
-                box[1] = str(error)
-        dist.broadcast_object_list(box)
-        if box[1]:
-            raise UserError(box[1])
-        run = Path(box[0])
-        if self.resume_from is not None and not self.resume_from.exists():  # `tidy` gave it its name back
-            self.resume_from = run / self.resume_from.name.removeprefix(".old-")
-        return run
-
-    def _make_run_directory(self, name: str) -> Path:
-        run = Path(self.args.output_dir).expanduser().absolute() / name
-        if self.resume_from is not None:
-            run = self.resume_from.absolute().parent
-        else:
-            number = 1
-            while run.exists():  # two runs started within a second
-                number += 1
-                run = run.with_name(f"{name}-{number}")
-            run.mkdir(parents=True)
-        self.lock = disk.lock(run)
-        (run / ".tmp-probe").write_bytes(b"\0" * 4096)
-        disk.tidy(run)
-        return run
 
     def _record(self) -> dict:
         return {

@@ -14,7 +14,8 @@ Batch = dict[str, Tensor]
 
 @dataclass
 class StepResult:
-    """What one step saw, on this rank until `reduce_results` sums it over ranks. Sums are fp64 on the device.
+    """What one step saw, on this rank until `reduce_results` sums it over ranks. Sums are fp64 on the device; what
+    a component reports under a name has a count beside it, "<name> count".
 
     finite: whether some microbatch had a finite loss. applied: whether the weights were updated; DeepSpeed
     refuses a gradient that is not finite. num_tokens: real tokens of all ranks. grad_norm: global norm before
@@ -63,6 +64,9 @@ def train_step(engine, microbatches: list[Batch]) -> StepResult:
             sums["z"] += output.z_loss * tokens
             sums["entropy"] += output.router_entropy * tokens
             load_LE = output.load_LE if load_LE is None else load_LE + output.load_LE
+            for name, (total, count) in (output.component_sums or {}).items():
+                sums[name] = sums.get(name, 0) + total.double()
+                sums[f"{name} count"] = sums.get(f"{name} count", 0) + count.double()
         elif not started:
             continue
         else:
@@ -120,8 +124,8 @@ def unclipped_norm(engine) -> float | None:
 
 def reduce_results(results: list[StepResult]) -> tuple[dict[str, float], Tensor | None]:
     """Sums over the given steps and all ranks, and the summed router load [L, E] on CPU; collective."""
-    keys = list(results[0].sums)
-    total = torch.stack([sum(result.sums[key] for result in results) for key in keys])
+    keys = list(dict.fromkeys(key for result in results for key in result.sums))
+    total = torch.stack([sum(result.sums.get(key, 0) for result in results) for key in keys])
     loads = [result.load_LE for result in results if result.load_LE is not None]
     load_LE = sum(loads) if loads else None
     dist.all_reduce(total)

@@ -23,6 +23,7 @@ from experts.placement import Placement, ordinary_placement
 from training.config import UserError
 
 SHARD_BYTES = 2 << 30
+_COMPONENT = re.compile(r"(^|\.)(memory|cache|value_head)\.")
 _EXPERT = re.compile(r"^(.*\.mlp\.experts)\.(gate_proj|up_proj|down_proj)$")
 
 # (exported name, shape, first expert of a page or None) -> values, any float dtype, on CPU
@@ -30,7 +31,11 @@ Source = Callable[[str, torch.Size, "int | None"], Tensor]
 
 
 def initial_weights(seed: int, std: float) -> Source:
-    """Norms 1, matrices normal: each matrix, and each expert of a bank, from its own generator."""
+    """Norms 1, matrices normal: each matrix, and each expert of a bank, from its own generator.
+
+    Biases and the projections by which components add to the residual stream, `out_proj`, are 0: a new component
+    changes nothing until it is trained.
+    """
 
     def draw(key: str, shape: torch.Size) -> Tensor:
         state = int.from_bytes(blake2b(f"{seed}/{key}".encode(), digest_size=8).digest(), "little")
@@ -39,6 +44,8 @@ def initial_weights(seed: int, std: float) -> Source:
     def source(name: str, shape: torch.Size, first: int | None) -> Tensor:
         if name.endswith(("norm.weight", "layernorm.weight")):
             return torch.ones(shape)
+        if name.endswith(("bias", "out_proj.weight")):
+            return torch.zeros(shape)
         if _EXPERT.match(name):
             return torch.stack([draw(f"{name}/{(first or 0) + row}", shape[1:]) for row in range(shape[0])])
         return draw(name, shape)
@@ -46,8 +53,10 @@ def initial_weights(seed: int, std: float) -> Source:
     return source
 
 
-def directory_weights(directory: Path) -> Source:
+def directory_weights(directory: Path, new_components: Source | None = None) -> Source:
     """Tensors of a safetensors directory: our export, or a Qwen3-MoE's (one tensor an expert, or stacked).
+
+    new_components: where the tensors of a component come from that the directory has not.
 
     Raises:
         UserError: (when called) a tensor is missing, truncated or of another shape.
@@ -71,6 +80,8 @@ def directory_weights(directory: Path) -> Source:
         return file_of(name).get_tensor(name)
 
     def source(name: str, shape: torch.Size, first: int | None) -> Tensor:
+        if new_components and name not in files and _COMPONENT.search(name):
+            return new_components(name, shape, first)
         match = _EXPERT.match(name)
         if match and f"{match[1]}.gate_proj" not in files:
             bank, projection = match.groups()

@@ -178,7 +178,7 @@ import sys
 from experts.streamed import StreamedExperts
 from model.presets import preset_config
 from training import DataArguments, Pretrainer, TrainingArguments
-from training.config import run_script
+from training.command_line import run_script
 import training.pretrainer as pretrainer
 
 fault, output = sys.argv[1:]

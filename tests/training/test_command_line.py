@@ -3,20 +3,13 @@
 import dataclasses
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
-from training.config import (
-    SETTINGS,
-    DataArguments,
-    ModelArguments,
-    Parser,
-    TrainingArguments,
-    UserError,
-    flag_of,
-    parse,
-)
+from training.command_line import SETTINGS, Parser, parse
+from training.config import DataArguments, ModelArguments, TrainingArguments, UserError, flag_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,7 +49,7 @@ def test_field_names_and_flags_are_unique():
 
 def other_value(field: dataclasses.Field):
     """A legal value that is not the default, and the words that set it."""
-    if isinstance(field.default, bool) or field.name == "offload_to_cpu":
+    if bool in (field.type, *typing.get_args(field.type)):
         return not field.default, [flag_of(field)]
     choices = field.metadata["choices"]
     if choices:
@@ -64,7 +57,10 @@ def other_value(field: dataclasses.Field):
         return value, [flag_of(field), value]
     if field.type is str or field.type == (str | None):
         return "x/y z", [flag_of(field), "x/y z"]
-    value = (field.default or 2) / 2 if field.type is float else (field.default or 2) + 1
+    if field.type is float:
+        value = (field.default or 1) / 2
+        return value, [flag_of(field), str(value)]
+    value = (field.default or 2) + 1
     return value, [flag_of(field), str(value)]
 
 
@@ -84,7 +80,7 @@ def test_every_field_is_set_by_its_flag(settings, name):
         value = {"expert_store": "nvme", "nvme_path": "disk", "expert_ram": "3GB"}[name]
         words = ["--expert-store=nvme", "--nvme-path=disk", "--expert-ram=3GB"]
     run = parse(words)
-    found = next(s for s in (run.model, run.data, run.training) if isinstance(s, settings))
+    found = next(group for group in vars(run).values() if isinstance(group, settings))
     assert getattr(found, name) == value != field.default
 
 
@@ -198,7 +194,7 @@ def test_the_launcher_adds_a_local_rank(word):
 
 def test_help_names_every_flag_and_imports_no_torch():
     program = (
-        "import sys; from training.config import parse\n"
+        "import sys; from training.command_line import parse\n"
         "try: parse(['--help'])\n"
         "except SystemExit: pass\n"
         "print(sorted(set(sys.modules) & {'torch', 'deepspeed', 'transformers', 'datasets'}))"
@@ -222,7 +218,7 @@ def test_parser_takes_no_abbreviation():
 @pytest.mark.parametrize(("rank", "start"), [("0", "error: it is"), ("3", "error (rank 3): it is")])
 def test_a_script_answers_a_user_error_with_one_line(rank, start):
     program = (
-        "from training.config import UserError, run_script\n"
+        "from training.command_line import run_script\nfrom training.config import UserError\n"
         "def main(): raise UserError('it is so')\n"
         "run_script(main)"
     )

@@ -1,0 +1,57 @@
+"""Components find their way into a model's configuration, or one line says why not."""
+
+import dataclasses
+
+import pytest
+
+from model.components import MemoryConfig
+from model.presets import preset_config
+from training.components import COMPONENTS, add_components, from_arguments
+from training.config import CacheArguments, MemoryArguments, TrainingArguments, TreeArguments, UserError
+
+GROUPS = {"memory": MemoryArguments, "cache": CacheArguments, "tree": TreeArguments}
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_flags_and_configurations_have_the_same_defaults(name):
+    config = preset_config("tiny")
+    _, kind = COMPONENTS[name]
+    assert from_arguments(name, GROUPS[name](), config) == kind(hidden_size=config.hidden_size)
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_added_kept_and_taken_away(name):
+    config, flag = preset_config("tiny"), COMPONENTS[name][0]
+    add_components(config, TrainingArguments())
+    assert getattr(config, name) is None
+    add_components(config, TrainingArguments(**{flag: True}))
+    added = getattr(config, name)
+    assert added == dataclasses.asdict(COMPONENTS[name][1](hidden_size=config.hidden_size))
+    add_components(config, TrainingArguments())
+    assert getattr(config, name) == added
+    add_components(config, TrainingArguments(**{flag: False}))
+    assert getattr(config, name) is None
+
+
+class Module:
+    config = MemoryConfig(hidden_size=128, memory_size=64)
+
+
+def test_a_module_lends_its_configuration():
+    config = preset_config("tiny")
+    add_components(config, TrainingArguments(), memory=Module())
+    assert config.memory["memory_size"] == 64
+    with pytest.raises(UserError, match="--use-neural-memory: the model has .* another memory_size, 64: leave"):
+        add_components(config, TrainingArguments(), memory=MemoryConfig(hidden_size=128))
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_one_line_for_another_width(name):
+    given = {name: COMPONENTS[name][1](hidden_size=256)}
+    with pytest.raises(UserError, match="has hidden size 256, the model 128: give .*Config the model's"):
+        add_components(preset_config("tiny"), TrainingArguments(), **given)
+
+
+def test_one_line_for_sizes_that_do_not_fit():
+    with pytest.raises(UserError, match="--use-neural-memory: a memory of 100 slots .* multiple of it"):
+        from_arguments("memory", MemoryArguments(memory_size=100), preset_config("tiny"))
