@@ -41,17 +41,19 @@ def test_a_module_lends_its_configuration():
     config = preset_config("tiny")
     add_components(config, TrainingArguments(), memory=Module())
     assert config.memory["memory_size"] == 64
-    with pytest.raises(UserError, match="--use-neural-memory: the model has .* another memory_size, 64: leave"):
+    with pytest.raises(
+        UserError, match=r"--use-neural-memory: the model has .* another memory_size, 64: leave"
+    ):
         add_components(config, TrainingArguments(), memory=MemoryConfig(hidden_size=128))
 
 
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_one_line_for_another_width(name):
     given = {name: COMPONENTS[name][1](hidden_size=256)}
-    with pytest.raises(UserError, match="has hidden size 256, the model 128: give .*Config the model's"):
+    with pytest.raises(UserError, match=r"has hidden size 256, the model 128: give .*Config the model's"):
         add_components(preset_config("tiny"), TrainingArguments(), **given)
 
 
 def test_one_line_for_sizes_that_do_not_fit():
-    with pytest.raises(UserError, match="--use-neural-memory: a memory of 100 slots .* multiple of it"):
+    with pytest.raises(UserError, match=r"--use-neural-memory: a memory of 100 slots .* multiple of it"):
         from_arguments("memory", MemoryArguments(memory_size=100), preset_config("tiny"))

@@ -2,17 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.training.runs import (
-    REPOSITORY,
     command,
-    environment,
     finish,
     losses,
     run,
@@ -208,18 +204,18 @@ run_script(lambda: trainer.train() and 0)
 
 
 def run_with(fault, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTS, fault, str(tmp_path)],
-        env=environment(), cwd=REPOSITORY, capture_output=True, text=True,
-    )  # fmt: skip
+    """(exit code, what it printed, the run's directory)."""
+    script = tmp_path / "script.py"
+    script.write_text(FAULTS)
+    code, text = finish(start([str(script), fault, str(tmp_path)]))
     (directory,) = tmp_path.glob("pragnosia_*")
-    return done, directory
+    return code, text, directory
 
 
 def test_an_expert_with_a_gradient_of_nan_is_left_out_and_an_exception_saves(tmp_path):
-    done, directory = run_with("nan", tmp_path)
-    assert done.returncode == 1 and "a broken machine" in done.stderr, done.stderr
-    said = [line for line in done.stdout.splitlines() if "not updated" in line]
+    code, text, directory = run_with("nan", tmp_path)
+    assert code == 1 and "a broken machine" in text, text
+    said = [line for line in text.splitlines() if "not updated" in line]
     assert len(said) == 1 and said[0].endswith("step 2: 1 experts not updated, gradient not finite")
     state = json.loads((directory / "emergency_checkpoint" / "trainer_state.json").read_text())
     assert state["step"] == 3
@@ -227,13 +223,13 @@ def test_an_expert_with_a_gradient_of_nan_is_left_out_and_an_exception_saves(tmp
 
 def test_an_exception_within_a_step_saves_nothing(tmp_path):
     """Some experts are those of the next step already."""
-    done, directory = run_with("half a step", tmp_path)
-    assert done.returncode == 1 and "a broken machine" in done.stderr, done.stderr
+    code, text, directory = run_with("half a step", tmp_path)
+    assert code == 1 and "a broken machine" in text, text
     assert not list(directory.glob("*checkpoint*"))
 
 
 def test_experts_that_are_never_finite_stop_the_run(tmp_path):
-    done, directory = run_with("always nan", tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert "3 steps in a row" in done.stderr and "--local-learning-rate" in done.stderr
+    code, text, directory = run_with("always nan", tmp_path)
+    assert code == 2 and "Traceback" not in text, text
+    assert "3 steps in a row" in text and "--local-learning-rate" in text
     assert not list(directory.glob("*checkpoint*")) and not (directory / "final_model").exists()
