@@ -12,6 +12,8 @@ def set_seeds(seed: int, deterministic: bool) -> None:
     numpy.random.seed(seed)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic)
+    # Nothing here reads memory it has not written; DeepSpeed allocates its whole bucket in every step.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def random_state() -> dict:

@@ -102,7 +102,9 @@ class Forked:
 
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["training.pretrainer", "matplotlib.backends.backend_agg"])
+FORKSERVER.set_forkserver_preload(
+    ["training.pretrainer", "matplotlib.backends.backend_agg", "deepspeed.runtime.zero.muon.muon_optimizer"]
+)
 
 
 def become(words: list[str], variables: dict[str, str], output: str) -> None:

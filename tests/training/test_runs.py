@@ -121,27 +121,24 @@ def test_a_signal_saves_and_the_run_can_go_on(data, uninterrupted, tmp_path, num
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "json_name, before, after", [("stage2", 1, 2), ("stage2", 2, 1), ("cpu_zero3", 1, 2), ("cpu_zero3", 2, 1)]
-)
-def test_resume_on_another_number_of_ranks(data, tmp_path, json_name, before, after):
+@pytest.mark.parametrize("json_name", ["stage2", "cpu_zero3"])
+def test_resume_on_another_number_of_ranks(data, tmp_path, json_name):
+    """From 1 rank to 2 at step 3, and from these back to 1 at step 6."""
     name = json_name
     if json_name == "stage2":
         name = str(tmp_path / "stage2.json")
         (tmp_path / "stage2.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
     flags = (*STEPS, "--deepspeed-config", name)
-
-    def batch(ranks):
-        return ("--batch-size", str(4 // ranks))
-
-    whole, _ = run(data, tmp_path / "whole", *flags, *batch(before), world_size=before)
+    whole, _ = run(data, tmp_path / "whole", *flags, "--batch-size", "4")
     part = shutil.copytree(whole, tmp_path / "part" / whole.name)
-    for done in ("final_model", "checkpoint-6", "checkpoint-8"):
-        shutil.rmtree(part / done)
-    run(data, tmp_path / "part", *flags, *batch(after), "--resume", str(part), world_size=after)
-    assert losses(part).keys() == losses(whole).keys()
-    for step, loss in losses(whole).items():
-        assert losses(part)[step] == pytest.approx(loss, rel=1e-5), step
+    for ranks, later in ((2, ("checkpoint-6", "checkpoint-8")), (1, ("checkpoint-8",))):
+        for done in ("final_model", *later):
+            shutil.rmtree(part / done)
+        batch = ("--batch-size", str(4 // ranks))
+        run(data, tmp_path / "part", *flags, *batch, "--resume", str(part), world_size=ranks)
+        assert losses(part).keys() == losses(whole).keys()
+        for step, loss in losses(whole).items():
+            assert losses(part)[step] == pytest.approx(loss, rel=1e-5), (ranks, step)
 
 
 def bad(data, tmp_path, *flags, expect=2):
