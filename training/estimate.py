@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from model.config import PragnosiaConfig
 
-LOSS_CHUNK_BYTES = (
-    2048 * 4 * 3
-)  # a vocabulary entry: fp32 logits, their softmax and its gradient, 2,048 targets
+LOSS_CHUNK = 1024  # that of model/head.py
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,10 @@ def estimate(
     layer = tokens * weight * (4 * width + 4 * heads + routed)
     kept = tokens * weight * 2 * width if checkpointing else layer
     activations = kept * config.num_hidden_layers + (layer if checkpointing else 0)
-    activations += min(tokens, 2048) / 2048 * LOSS_CHUNK_BYTES * config.vocab_size
+    # A chunk of logits in fp32 and rounded; the gradient of the head, in fp32 where chunks add up.
+    activations += config.vocab_size * (
+        min(tokens, LOSS_CHUNK) * (4 + weight) + width * (weight + 4 * (tokens > LOSS_CHUNK))
+    )
     # In the update DeepSpeed holds the gradients flat and once more in fp32, when activations are gone.
     peak = max(activations, 0 if precision == "fp32" else 6 * parameters * share[2])
     if placement == "zero3":

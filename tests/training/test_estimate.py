@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import training.estimate
 from model.presets import preset_config
 from training.estimate import MemoryEstimate, estimate
 
@@ -89,6 +90,12 @@ def test_activations_grow_with_tokens_and_shrink_with_recompute():
 def test_within_a_tenth_of_what_was_measured(preset, rows, stage, measured):
     found = of(preset_config(preset), {"stage": stage}, micro_batch_size=rows).device / 1e9
     assert found == pytest.approx(measured, rel=0.1)
+
+
+def test_the_chunk_of_the_loss_is_that_of_the_head():
+    from model.head import LOSS_CHUNK
+
+    assert training.estimate.LOSS_CHUNK == LOSS_CHUNK
 
 
 def test_the_line_that_is_printed():
