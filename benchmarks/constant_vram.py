@@ -42,11 +42,14 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--batch-size", type=int, default=1)
     options.add_argument("--max-length", type=int, default=512)
     options.add_argument(
-        "--expert-page-size", type=int, default=2, help="with --presets as the trainer chooses"
+        "--expert-page-size", type=int, default=2, help="with --presets as --expert-vram allows"
     )
+    options.add_argument("--expert-vram", default="128MB", help="with --presets")
     options.add_argument("--expert-state", default=None, help="default: bf16, with --presets int8 for 13B")
     options.add_argument(
-        "--deepspeed-config", default="streamed_offload", help="default: dense state on the CPU"
+        "--deepspeed-config",
+        default=None,
+        help="default: streamed_offload, for 13B with --presets streamed_zero3",
     )
     options.add_argument("--gradient-checkpointing", action="store_true")
     options.add_argument("--steps", type=int, default=5, help=f"timed steps after {WARMUP} of warm-up")
@@ -64,6 +67,7 @@ def growth_cells(args: argparse.Namespace, shared: dict) -> list[Cell]:
             num_experts=experts,
             expert_page_size=args.expert_page_size,
             expert_state=args.expert_state,
+            deepspeed_config=args.deepspeed_config or "streamed_offload",
             **shared,
         )
         for experts in sorted(args.num_experts)
@@ -76,6 +80,9 @@ def preset_cells(args: argparse.Namespace, shared: dict) -> list[Cell]:
         Cell(
             size,
             expert_state=args.expert_state or ("int8" if size == "13B" else None),
+            expert_vram=args.expert_vram,
+            deepspeed_config=args.deepspeed_config
+            or ("streamed_zero3" if size == "13B" else "streamed_offload"),
             **shared,
         )
         for size in args.presets or [name for name in PRESETS if name != "tiny"]
@@ -143,7 +150,7 @@ def draw(rows: list[dict], gpu: str, path: Path):
 
 def main() -> None:
     args = parser().parse_args()
-    keys = ("batch_size", "max_length", "steps", "device", "gradient_checkpointing", "deepspeed_config")
+    keys = ("batch_size", "max_length", "steps", "device", "gradient_checkpointing")
     shared = {"placement": "streamed"} | {key: getattr(args, key) for key in keys}
     if args.presets is not None:
         cells, goals, name = preset_cells(args, shared), preset_goals, "presets_vram"

@@ -78,13 +78,15 @@ def estimate(
     )
     # In the update DeepSpeed holds the gradients flat and once more in fp32, when activations are gone.
     peak = max(activations, 0 if precision == "fp32" else 6 * parameters * share[2])
-    if placement == "zero3":
+    if placement != "resident" and stage == 3:
         # On the device: what is fetched at once, and one gradient bucket.
         live = zero.get("stage3_max_live_parameters", 1e9) + zero.get("stage3_prefetch_bucket_size", 5e7)
-        page = page_size * config.expert_params()
+        live = max(live, config.vocab_size * width)
+        page = page_size * config.expert_params() if stream is None else 0
         working = weight * (
             min(live, parameters) + page + min(zero.get("reduce_bucket_size", 5e8), parameters)
         )
+    if placement == "zero3":
         return MemoryEstimate(activations + working, weights + gradients + states)
     if stream is None:
         return MemoryEstimate(weights + gradients + states + peak, 1.5e9)
@@ -93,7 +95,9 @@ def estimate(
     inside = 6 * config.moe_intermediate_size * stream.page_size / config.num_experts
     activations += rows * (2 * width + inside)
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        # Gradients leave through two buckets as they come.
         host = 1.5e9 + stream.host + states + gradients
-        return MemoryEstimate(weights + gradients + activations + stream.device, host)
+        working = weights + 2 * weight * zero.get("reduce_bucket_size", 5e8) if stage < 3 else working
+        return MemoryEstimate(working + activations + stream.device, host + (stage == 3) * weights)
     peak = max(activations, peak)
     return MemoryEstimate(weights + gradients + states + peak + stream.device, 1.5e9 + stream.host)

@@ -144,8 +144,9 @@ def make_plan(
         placement = "streamed"
     check_expert_flags(args, placement)
     plan = attempt(placement)
-    if placement == "streamed" and plan.memory.device > room and not args.deepspeed_config:
-        plan = attempt(placement, "streamed_offload")
+    for smaller in ("streamed_offload", "streamed_zero3"):
+        if placement == "streamed" and plan.memory.device > room and not args.deepspeed_config:
+            plan = attempt(placement, smaller)
     return plan
 
 

@@ -1,5 +1,6 @@
 """The memory estimate that is printed before a run: its parts, and that it needs no torch."""
 
+import json
 import subprocess
 import sys
 
@@ -7,7 +8,8 @@ import pytest
 
 import training.estimate
 from model.presets import preset_config
-from training.estimate import MemoryEstimate, estimate
+from training.deepspeed_config import DIRECTORY
+from training.estimate import MemoryEstimate, StreamPlan, estimate
 
 TIGHT = {
     "stage": 3,
@@ -90,6 +92,20 @@ def test_activations_grow_with_tokens_and_shrink_with_recompute():
 def test_within_a_tenth_of_what_was_measured(preset, rows, stage, measured):
     found = of(preset_config(preset), {"stage": stage}, micro_batch_size=rows).device / 1e9
     assert found == pytest.approx(measured, rel=0.1)
+
+
+def test_dense_parameters_leave_the_gpu_step_by_step():
+    """Streamed: their state, then state and gradients, then weights too but for two layers and the embedding."""
+    config, stream = preset_config("13B"), StreamPlan(1, 2, "int8", 1e8, 60e9)
+    kept, state, all_of_it = (
+        of(config, json.loads((DIRECTORY / name).read_text())["zero_optimization"], placement="streamed",
+           page_size=1, stream=stream, checkpointing=True)
+        for name in ("streamed.json", "streamed_offload.json", "streamed_zero3.json")
+    )  # fmt: skip
+    dense = config._dense_params()
+    assert kept.device - state.device > 14 * dense
+    assert state.device - all_of_it.device == pytest.approx(2 * (dense - config.vocab_size * 2048), rel=0.1)
+    assert kept.host < state.host < all_of_it.host
 
 
 def test_the_chunk_of_the_loss_is_that_of_the_head():

@@ -110,6 +110,7 @@ PLACED_STREAMS = {
     "stage 2": {"stage": 2},
     "stage 3": {"stage": 3},
     "dense offload": {"stage": 2, "offload": "optimizer"},
+    "dense in host memory": {"stage": 3, "offload": "cpu"},
     "recompute": {"stage": 2, "checkpointing": True},
     "pages of 1": {"stage": 0, "page_size": 1, "slots": 2},
     "one page": {"stage": 1, "page_size": 8, "slots": 2},
