@@ -50,12 +50,24 @@ def start_ranks(device_type: str, local_rank: int = 0) -> Ranks:
     local_rank = int(os.environ.get("LOCAL_RANK", local_rank))
     if device_type == "cuda":
         torch.cuda.set_device(local_rank)
+    say_what_is_compiled()
     if not torch.distributed.is_initialized():
         init_process_group("nccl" if device_type == "cuda" else "gloo")
         torch.distributed.barrier()
         unlink_shared_buffers()
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device("cpu")
     return Ranks(torch.distributed.get_rank(), local_rank, torch.distributed.get_world_size(), device)
+
+
+def say_what_is_compiled() -> None:
+    """PyTorch waits for ever, and says nothing, for a process that compiles an op, also for a killed one."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if root and os.environ["RANK"] == "0":
+        for lock in Path(root).glob("*/lock"):
+            print(
+                f"{lock.parent.name} is being compiled by another process; if there is none, delete {lock}",
+                flush=True,
+            )
 
 
 def leave_ranks() -> None:

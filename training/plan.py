@@ -35,6 +35,8 @@ class Plan:
     ds_config: dict
     memory: MemoryEstimate
     world_size: int
+    idle_flags: tuple[str, ...] = ()
+    """What was set for experts in host memory, when it turned out that they fit on the GPU."""
 
     def lines(self, args: TrainingArguments, max_length: int) -> list[str]:
         """The plan for a person."""
@@ -55,6 +57,7 @@ class Plan:
             f"batch       {micro} rows x {accumulation} microbatches x {self.world_size} ranks = "
             f"{micro * accumulation * self.world_size} rows of {max_length} tokens a step",
             f"memory      about {self.memory}",
+            *(f"note        {flag} has no effect: experts fit in GPU memory" for flag in self.idle_flags),
         ]
 
 
@@ -140,9 +143,12 @@ def make_plan(
     if placement == "auto":
         plan = attempt("resident")
         if plan.memory.device <= room:
-            return plan
+            return replace(plan, idle_flags=tuple(idle_expert_flags(args, "resident")))
         placement = "streamed"
-    check_expert_flags(args, placement)
+    for flag, placements in idle_expert_flags(args, placement).items():
+        raise UserError(
+            f"{flag} has no effect on {placement} experts: leave it out, or use --placement {placements}"
+        )
     plan = attempt(placement)
     for smaller in ("streamed_offload", "streamed_zero3"):
         if placement == "streamed" and plan.memory.device > room and not args.deepspeed_config:
@@ -150,19 +156,19 @@ def make_plan(
     return plan
 
 
-def check_expert_flags(args: TrainingArguments, placement: str) -> None:
-    """Raises UserError where a setting of streamed or paged experts would have no effect."""
-    for flag, value, placements in (
-        ("--expert-vram", args.expert_vram, ("streamed",)),
-        ("--expert-state", args.expert_state, ("streamed",)),
-        ("--nvme-path", args.nvme_path, ("streamed",)),
-        ("--expert-page-size", args.expert_page_size, ("streamed", "zero3")),
-    ):
-        if value is not None and placement not in placements:
-            raise UserError(
-                f"{flag} {value} has no effect on {placement} experts: leave it out, or use --placement "
-                + " or ".join(placements)
-            )
+def idle_expert_flags(args: TrainingArguments, placement: str) -> dict[str, str]:
+    """Settings of streamed or paged experts that would have no effect, and the placements on which they have."""
+    flags = (
+        ("--expert-vram", args.expert_vram, "streamed"),
+        ("--expert-state", args.expert_state, "streamed"),
+        ("--nvme-path", args.nvme_path, "streamed"),
+        ("--expert-page-size", args.expert_page_size, "streamed or zero3"),
+    )
+    return {
+        f"{flag} {value}": placements
+        for flag, value, placements in flags
+        if value is not None and placement not in placements
+    }
 
 
 def plan_stream(

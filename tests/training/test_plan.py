@@ -75,6 +75,17 @@ def test_the_least_budget_that_is_named_works():
     assert device_bytes(config, 1, 2, **sizes) == plan.stream.device
 
 
+def test_auto_says_which_flags_of_streamed_experts_it_did_not_need():
+    plan = plan_of(placement="auto", expert_vram="1GB", expert_state="bf16")
+    assert plan.placement == "resident"
+    notes = [line for line in plan.lines(TrainingArguments(), 512) if line.startswith("note")]
+    assert notes == [
+        f"note        --expert-{flag} has no effect: experts fit in GPU memory"
+        for flag in ("vram 1GB", "state bf16")
+    ]
+    assert not plan_of(placement="auto").idle_flags
+
+
 def test_auto_takes_flags_of_either():
     """Where experts end up is not known to whoever leaves it to the trainer."""
     plan = plan_of(placement="auto", expert_vram="1GB", expert_state="int8", expert_page_size=2)
