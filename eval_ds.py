@@ -3,12 +3,15 @@
     python eval_ds.py --checkpoint outputs/pragnosia_tiny_8experts_20260101-120000
     python eval_ds.py --checkpoint 'outputs/*' --dataset reasoning --show-examples 3
     python eval_ds.py --checkpoint my_model --dataset code --execute-code --output-file results.json
+    python eval_ds.py --checkpoint my_model --dataset reasoning --tree
     deepspeed --num_gpus 4 eval_ds.py --checkpoint my_model       # each rank evaluates its share
 
 Per family and overall: loss, perplexity, bits per byte; for a model with step routing also the loss with the
 pools that training would choose, and the gap. Answers that can be checked are generated greedily,
 up to 200 of a family (or --max-samples): exact match where there is one right result, and with --execute-code
-the share of generated programs that pass their unit tests. Files are evaluated whole, named datasets on the
+the share of generated programs that pass their unit tests. --tree answers the reasoning problems in four ways,
+greedily, by the likeliest of a beam, and by the value head's choice among whole solutions and by its search over
+steps, and shows accuracy against generated tokens. Files are evaluated whole, named datasets on the
 part that training holds out.
 """
 
@@ -24,6 +27,7 @@ from inference.evaluation import (
     can_be_checked,
     evaluate_answers,
     evaluate_loss,
+    evaluate_searches,
 )
 from inference.generation import context_length
 from training.command_line import run_script
@@ -51,10 +55,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     dtype = choose_dtype(source.precision, device)
 
     from data.loader import prepare
+    from inference.tree_of_thoughts import tree_config
     from training.engine import leave_ranks, start_ranks
 
     ranks = start_ranks("cpu" if device == "cpu" else "cuda")
     model, tokenizer = load_model(path, ranks.device, dtype)
+    if arguments.tree:
+        tree_config(model)  # told before the work
     context = context_length(model)
     max_length = arguments.max_length or min(512, context)
     if max_length > context:
@@ -87,13 +94,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = evaluate_answers(model, tokenizer, examples, execute_code=arguments.execute_code, **where)
     for family, score in answer_scores(records).items():
         families[family].update(score)
+    searches = []
+    if arguments.tree:
+        solvable = [e for e in examples if e.family == "reasoning" and can_be_checked(e, False)]
+        searches = evaluate_searches(model, tokenizer, solvable, **where)
 
     leave_ranks()
     if ranks.rank > 0:
         return
     for family in data.validation:
         show_examples([r for r in records if r["family"] == family][: arguments.show_examples])
-    print(table(families))
+    print(table("family", families))
+    if arguments.tree:
+        print("\n" + table("search", {row["search"]: row for row in searches}))
     if arguments.output_file:
         results = {
             "checkpoint": str(path.resolve()),
@@ -106,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "world_size": ranks.world_size,
             "results": families,
             "examples": records,
+            "searches": searches,
             "data": data.report,
         }
         write_json(Path(arguments.output_file), results)
@@ -132,12 +146,12 @@ def show_examples(records: Sequence[Mapping[str, object]]) -> None:
         print()
 
 
-def table(families: Mapping[str, Mapping[str, float]]) -> str:
-    """One line a family, the columns that any of them has."""
-    columns = [name for name in COLUMNS if any(name in row for row in families.values())]
-    lines = [["family", *columns]]
-    for family, row in families.items():
-        lines.append([family, *(format_cell(row.get(name)) for name in columns)])
+def table(what: str, rows: Mapping[str, Mapping[str, float]]) -> str:
+    """One line a row, after its name, with the columns that any of them has."""
+    columns = [name for name in COLUMNS if any(name in row for row in rows.values())]
+    lines = [[what, *columns]]
+    for named, row in rows.items():
+        lines.append([named, *(format_cell(row.get(name)) for name in columns)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines

@@ -77,12 +77,25 @@ def starting_point(run: RunArguments):
     return config, tokenizer, directory_weights(origin, new_components)
 
 
+def asked_components(run: RunArguments, config) -> dict:
+    """Name -> configuration of the components that flags add."""
+    from training.components import COMPONENTS, from_arguments
+
+    return {
+        name: from_arguments(name, getattr(run, name), config)
+        for name, (flag, _) in COMPONENTS.items()
+        if getattr(run.training, flag)
+    }
+
+
 def dry_run(run: RunArguments) -> int:
     """Print the resolved settings, the plan and its memory estimate."""
     from model.presets import size_of
+    from training.components import add_components
     from training.plan import make_plan, resolve_device
 
     config, _, _ = starting_point(run)
+    add_components(config, run.training, **asked_components(run, config))
     device = resolve_device(run.training.device)
     plan = make_plan(
         config,
@@ -103,7 +116,7 @@ def train(run: RunArguments) -> int:
     from inference.generation import sample_answers
     from kernels.dispatch import describe
     from model.presets import size_of
-    from training.components import COMPONENTS, from_arguments
+    from training.components import has_labelled_steps
     from training.engine import leave_ranks, start_ranks
     from training.plan import resolve_device
     from training.pretrainer import Interrupted, Pretrainer
@@ -111,12 +124,11 @@ def train(run: RunArguments) -> int:
     ranks = start_ranks(resolve_device(run.training.device), run.local_rank)
     say = print if ranks.rank == 0 else lambda *_args: None
     config, tokenizer, weights = starting_point(run)
-    data = prepare(run.data, tokenizer, run.training.seed, ranks.rank, ranks.world_size)
-    components = {
-        f"{name}_module": from_arguments(name, getattr(run, name), config)
-        for name, (flag, _) in COMPONENTS.items()
-        if getattr(run.training, flag)
-    }
+    data = prepare(
+        run.data, tokenizer, run.training.seed, ranks.rank, ranks.world_size,
+        steps=has_labelled_steps(config, run.training),
+    )  # fmt: skip
+    components = {f"{name}_module": asked for name, asked in asked_components(run, config).items()}
     trainer = Pretrainer(
         model=config,
         args=run.training,

@@ -54,6 +54,8 @@ class Cell:
     """With fsdp2: fp32 or bf16, of weights and optimizer state alike."""
     expert_vram: str | None = None
     gradient_checkpointing: bool = False
+    kernels: str | None = None
+    """What routes tokens, for `kernels.dispatch.use`; its row says what did."""
 
     def engine(self) -> Cell:
         """The cell without its load: equal for cells that can share an engine."""
@@ -61,7 +63,7 @@ class Cell:
 
     def named(self) -> dict:
         """The columns that tell cells apart."""
-        names = {"name": self.name} if self.name else {}
+        names = {key: value for key in ("name", "kernels") if (value := getattr(self, key))}
         columns = ("model_size", "placement", "batch_size", "max_length", "num_gpus")
         return names | {column: getattr(self, column) for column in columns}
 
@@ -73,7 +75,11 @@ def measure(cells: Sequence[Cell]) -> Iterator[dict]:
     """Build the engine that the cells share, run the steps of each, yield its row; collective."""
     import torch
 
+    from kernels import dispatch
+
     first = cells[0]
+    if first.kernels:
+        dispatch.use(first.kernels)
     engine, config, ranks, plan_of = build(first)
     build_peaks = device_peaks()
     for cell in cells:
@@ -82,6 +88,9 @@ def measure(cells: Sequence[Cell]) -> Iterator[dict]:
             torch.cuda.reset_peak_memory_stats()
         engine.module.model.gradient_checkpointing = cell.gradient_checkpointing
         row = {"experts": config.num_experts, "routing": config.routing}
+        if cell.kernels:
+            sizes = config.num_experts, config.num_experts_per_tok, config.hidden_size
+            row["kernels"] = dispatch.describe(ranks.device, *sizes)
         row |= timed_steps(engine, config, cell, ranks)
         peaks = {key: max(peak, build_peaks[key]) for key, peak in device_peaks().items()}
         peaks["host_rss_gb"] = host_peak() / 1e9

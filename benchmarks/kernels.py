@@ -7,7 +7,11 @@ Operations: route, with statistics and permutation, and its backward, on bf16 lo
 and their backwards on bf16 rows. All implementations of a cell get the same tensors. A time is that of a replayed
 CUDA graph with a cold L2 cache: 20th, 50th and 80th percentile. GB/s counts once each tensor that must be read or
 written, and is compared with a copy of 1 GB in the same run. `times` is a median over ours; there is none where
-outputs differ by more than bf16 rounds. DeepSpeed's router computes no losses; torch's argsort sorts its rows.
+outputs differ by more than bf16 rounds. DeepSpeed's router computes no losses, torch's argsort sorts its rows, and
+its combine inverts the permutation by itself, which ours has from route. Liger has none of these operations alone:
+its MoE is one function of tokens, choices and weights to outputs. What a whole step gains:
+
+    python benchmarks/train_step.py --model-size 1B 3B --kernels reference auto --name train_step_kernels
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
     python benchmarks/train_step.py --model-size 350M 1B --placement resident zero3
     python benchmarks/train_step.py --model-size 3B --placement zero3 --batch-size 4 16 --max-length 512
     python benchmarks/train_step.py --model-size 3B --placement streamed --num-gpus 1 2 --name streamed_gpus
+    python benchmarks/train_step.py --model-size 1B 3B --kernels reference auto --name train_step_kernels
     python benchmarks/train_step.py --model-size tiny --deepspeed-config my.json --placement resident
 
 Every cell runs in processes of its own, one a GPU (`benchmarks/cell.py` says what a row holds). Goals: allocated
@@ -22,7 +23,7 @@ from benchmarks.cell import WARMUP, Cell, run_all
 from benchmarks.results import DIRECTORY, gpu_goals
 
 AXES = ("num_gpus", "model_size", "placement", "deepspeed_config", "batch_size", "max_length")
-AXES += ("expert_page_size", "expert_state")
+AXES += ("expert_page_size", "expert_state", "kernels")
 FIXED = ("gradient_checkpointing", "num_experts", "routing", "steps", "device", "expert_vram")
 
 
@@ -40,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--expert-state", nargs="+", default=[None], help="of streamed experts; default: bf16"
     )
+    options.add_argument("--kernels", nargs="+", choices=("reference", "auto"), default=[None])
     options.add_argument("--expert-vram", default=None, help="of streamed experts")
     options.add_argument("--gradient-checkpointing", action="store_true")
     options.add_argument("--num-experts", type=int, default=None)

@@ -30,11 +30,13 @@ if TYPE_CHECKING:
 
 CHUNK = 1000
 """Examples tokenized at once."""
+ARRAYS = ("tokens", "targets", "offsets", "values")
+"""The arrays of `Documents`; the last may be absent."""
 
 
 @dataclass
 class Documents:
-    """Documents one after another, each at most `max_length` tokens with at least one target.
+    """Documents one after another, each at most `max_length` tokens with at least one target or value.
 
     Attributes:
         tokens: uint32, all documents joined.
@@ -44,6 +46,8 @@ class Documents:
         dropped: examples without a target, left out.
         truncated: examples cut to `max_length`.
         target_bytes: UTF-8 bytes of the targets' text.
+        values: int8, 1 or 0 at the end of a right or a wrong step, else -100; None where nobody asked for them
+            (see `data/steps.py`).
     """
 
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint32))
@@ -53,6 +57,7 @@ class Documents:
     dropped: int = 0
     truncated: int = 0
     target_bytes: int = 0
+    values: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -104,12 +109,18 @@ def tokenize(
 
 @dataclass
 class Entry:
-    """A dataset ready to pack: its documents, its validation examples as text, and its line in the report."""
+    """A dataset ready to pack: its documents, its validation examples as text, and its line in the report.
+
+    steps, problems: for a model with a value head, training examples with labelled steps, and some of those whose
+    answers can be checked; else None and none.
+    """
 
     train: Documents
     validation: Documents
     validation_examples: list[Example]
     report: dict[str, Any]
+    steps: Documents | None = None
+    problems: list[Example] = field(default_factory=list)
 
 
 def make_entry(
@@ -118,9 +129,10 @@ def make_entry(
     validation: list[Example],
     tokenizer: PreTrainedTokenizerBase,
     args: DataArguments,
+    steps: bool = False,
     **report: Any,
 ) -> Entry:
-    """Tokenizes both sides of a dataset.
+    """Tokenizes both sides of a dataset, and the training side once more with labelled `steps`.
 
     Raises:
         UserError: every row was dropped.
@@ -136,8 +148,16 @@ def make_entry(
             "check the answers, or raise --max-length"
         )
     families = sorted({example.family for example in train + validation})
+    labelled, problems = None, []
+    if steps:
+        from data.steps import checkable_problems, step_documents  # it builds on this module
+
+        labelled, problems = step_documents(train, tokenizer, args.max_length), checkable_problems(train)
+        report["steps"] = int((labelled.values != IGNORED).sum())
     return Entry(
         *documents,
+        steps=labelled,
+        problems=problems,
         validation_examples=validation,
         report={
             "dataset": name,
@@ -161,7 +181,7 @@ def cache_dir(args: DataArguments) -> Path:
 
 
 def entry_key(
-    source: Source, tokenizer: PreTrainedTokenizerBase, args: DataArguments, evaluation: bool
+    source: Source, tokenizer: PreTrainedTokenizerBase, args: DataArguments, evaluation: bool, steps: bool
 ) -> str:
     """The hash that names a source's entry."""
     backend = (
@@ -171,25 +191,30 @@ def entry_key(
     )
     described = dataclasses.asdict(source) | {"weight": None, "note": None}
     settings = (args.max_length, args.max_samples, args.train_on_prompt, args.validation_fraction, evaluation)
+    settings += (steps,)
     parts = [source.fingerprint(), backend, tokenizer.chat_template, tokenizer.eos_token, described, settings]
     parts += [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
     return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def cached_entry(
-    source: Source, tokenizer: PreTrainedTokenizerBase, args: DataArguments, evaluation: bool = False
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    args: DataArguments,
+    evaluation: bool = False,
+    steps: bool = False,
 ) -> Path:
     """The cache directory of a source's entry, which is made if it is not there.
 
     Raises:
         UserError: the data is faulty, or the cache cannot be written.
     """
-    directory = cache_dir(args) / entry_key(source, tokenizer, args, evaluation)
+    directory = cache_dir(args) / entry_key(source, tokenizer, args, evaluation, steps)
     if directory.is_dir():
         return directory
     train, validation = split_examples(source, args, evaluation)
     entry = make_entry(
-        source.name, train, validation, tokenizer, args, source=source.origin, licence=source.licence
+        source.name, train, validation, tokenizer, args, steps, source=source.origin, licence=source.licence
     )
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -209,30 +234,34 @@ def cached_entry(
 
 def write_entry(entry: Entry, directory: Path) -> None:
     """Write an entry to a directory that is not there yet."""
-    for name in ("train", "validation"):
+    for name in ("train", "validation", *(["steps"] if entry.steps is not None else [])):
         side = getattr(entry, name)
         (directory / name).mkdir(parents=True)
-        for array in ("tokens", "targets", "offsets"):
+        for array in ARRAYS if side.values is not None else ARRAYS[:-1]:
             np.save(directory / name / f"{array}.npy", getattr(side, array))
         counts = {key: getattr(side, key) for key in ("examples", "dropped", "truncated", "target_bytes")}
         (directory / name / "counts.json").write_text(json.dumps(counts))
-    rows = [json.dumps(dataclasses.asdict(example)) + "\n" for example in entry.validation_examples]
-    (directory / "validation.jsonl").write_text("".join(rows))
+    for name, examples in (("validation", entry.validation_examples), ("problems", entry.problems)):
+        rows = [json.dumps(dataclasses.asdict(example)) + "\n" for example in examples]
+        (directory / f"{name}.jsonl").write_text("".join(rows))
     (directory / "report.json").write_text(json.dumps(entry.report))
 
 
 def read_entry(directory: Path) -> Entry:
     """An entry with its arrays mapped from disk, not read into memory."""
-    sides = []
-    for name in ("train", "validation"):
-        arrays = {
-            array: np.load(directory / name / f"{array}.npy", mmap_mode="r")
-            for array in ("tokens", "targets", "offsets")
-        }
-        sides.append(Documents(**arrays, **json.loads((directory / name / "counts.json").read_text())))
-    rows = (directory / "validation.jsonl").read_text().splitlines()
+    sides = {}
+    for name in ("train", "validation", "steps"):
+        if (directory / name).is_dir():
+            files = {array: directory / name / f"{array}.npy" for array in ARRAYS}
+            arrays = {array: np.load(file, mmap_mode="r") for array, file in files.items() if file.exists()}
+            sides[name] = Documents(**arrays, **json.loads((directory / name / "counts.json").read_text()))
+    examples = {
+        name: [Example(**json.loads(row)) for row in (directory / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("validation", "problems")
+    }
     return Entry(
-        *sides,
-        validation_examples=[Example(**json.loads(row)) for row in rows],
+        **sides,
+        validation_examples=examples["validation"],
+        problems=examples["problems"],
         report=json.loads((directory / "report.json").read_text()),
     )

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,6 +26,7 @@ from data.example import Example
 from data.packing import EMPTY, PackedDataset, stack
 from data.schema import to_example
 from data.sources import Source, resolve, validation_threshold
+from data.steps import checkable_problems
 from data.streaming import StreamedDataset
 from training.config import DataArguments, UserError
 
@@ -52,13 +53,16 @@ class Data:
         validation: rows of each family; families without a validation side are absent.
         validation_examples: the same as text.
         report: for each dataset its family, source, licence, weight, and the numbers of rows (`rows`,
-            `validation_rows`, `dropped`, `truncated`) and training `tokens` and `targets`; for JSON.
+            `validation_rows`, `dropped`, `truncated`) and training `tokens` and `targets`; for JSON. With labelled
+            steps also their number, `steps`.
+        problems: for a model with a value head, training examples whose answers can be checked.
     """
 
     train: PackedDataset | StreamedDataset
     validation: dict[str, PackedDataset]
     validation_examples: dict[str, list[Example]]
     report: list[dict[str, Any]]
+    problems: list[Example] = field(default_factory=list)
 
 
 def prepare(
@@ -69,12 +73,13 @@ def prepare(
     world_size: int = 1,
     *,
     evaluation: bool = False,
+    steps: bool = False,
 ) -> Data:
     """Find, split, tokenize and pack the datasets `args` names, and print where each came from.
 
     Rank 0 tokenizes into the cache while the others wait. `seed` decides which documents share a row. With
     `evaluation` a file is taken whole as validation data, and named datasets give their validation side as
-    always.
+    always. `steps` adds documents with labelled steps of reasoning, for a model with a value head.
 
     Raises:
         UserError: on every rank, if the data cannot be had; see `sources.resolve` and
@@ -82,13 +87,13 @@ def prepare(
     """
     if args.streaming and not evaluation:
         sources = _from_rank_0(lambda: resolve(args), rank, world_size)
-        data = _prepare_stream(args, tokenizer, sources, seed)
+        data = _prepare_stream(args, tokenizer, sources, seed, steps)
     else:
 
         def entries() -> list[tuple[Path, dict[str, Any]]]:
             return [
                 (
-                    cached_entry(source, tokenizer, args, evaluation),
+                    cached_entry(source, tokenizer, args, evaluation, steps),
                     {"weight": source.weight, "note": source.note},
                 )
                 for source in resolve(args)
@@ -121,8 +126,10 @@ def prepare_rows(
     args: DataArguments,
     tokenizer: PreTrainedTokenizerBase,
     seed: int = 0,
+    steps: bool = False,
 ) -> Data:
-    """Data from rows given directly: `Example`s, or mappings with the columns of a known schema.
+    """Data from rows given directly: `Example`s, or mappings with the columns of a known schema; `steps` as
+    in `prepare`.
 
     Raises:
         UserError: a row that fits no schema, no rows, or none with a target.
@@ -139,6 +146,7 @@ def prepare_rows(
         validation[: args.max_samples],
         tokenizer,
         args,
+        steps,
         source="given rows",
         licence="not stated",
         weight=1.0,
@@ -153,6 +161,7 @@ def _collect(
     """Datasets joined: one training set, and one validation set for each family."""
     pad_id = tokenizer.pad_token_id
     parts = [(entry.train, entry.report["weight"]) for entry in entries if len(entry.train)]
+    parts += [(entry.steps, entry.report["weight"]) for entry in entries if entry.steps is not None]
     by_family: dict[str, list[Entry]] = collections.defaultdict(list)
     for entry in entries:
         if len(entry.validation):
@@ -170,11 +179,12 @@ def _collect(
             for family, members in by_family.items()
         },
         report=[entry.report for entry in entries],
+        problems=[example for entry in entries for example in entry.problems],
     )
 
 
 def _prepare_stream(
-    args: DataArguments, tokenizer: PreTrainedTokenizerBase, sources: list[Source], seed: int
+    args: DataArguments, tokenizer: PreTrainedTokenizerBase, sources: list[Source], seed: int, steps: bool
 ) -> Data:
     """A stream for training; validation examples are taken from the start of each source."""
     entries, streams = [], []
@@ -196,11 +206,16 @@ def _prepare_stream(
             note=source.note,
         )
         entry.report |= {"rows": None, "tokens": None, "targets": None}
+        if steps:
+            entry.report["steps"] = None
+            entry.problems = checkable_problems([e for e in start if e.split_hash() > threshold])
         entries.append(entry)
         streams.append((source, threshold))
     # A copy, because threads tokenize the stream while others generate with the tokenizer.
     own = copy.deepcopy(tokenizer)
-    stream = StreamedDataset(streams, own, args.max_length, args.train_on_prompt, args.max_samples)
+    stream = StreamedDataset(
+        streams, own, args.max_length, args.train_on_prompt, args.max_samples, steps=steps
+    )
     return replace(_collect(entries, tokenizer, args, seed), train=stream)
 
 
@@ -226,6 +241,7 @@ def _describe(line: dict[str, Any]) -> str:
     """One line of the report for a person."""
     size = "streamed" if line["rows"] is None else f"{line['rows']:,} rows, {line['tokens']:,} tokens"
     parts = [f"{line['source']} ({line['licence']})", size, f"{line['validation_rows']:,} validation rows"]
+    parts += [f"{line['steps']:,} labelled steps"] if line.get("steps") else []
     parts += [f"{line[key]:,} {key}" for key in ("dropped", "truncated") if line[key]]
     parts += [f"weight {line['weight']:g}"] if line["weight"] != 1 else []
     parts += [line["note"]] if line["note"] else []

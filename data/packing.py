@@ -50,6 +50,7 @@ class PackedDataset(torch.utils.data.Dataset):
             is one.
         document_ids: 1, 2, ... in the order of the row; 0 where padding is.
         position_ids: the position in its document; 0 where padding is.
+        value_labels: 1 or 0 at the end of a step, else -100; only if some part has them.
     Item `EMPTY` is a row of padding alone.
 
     Args:
@@ -66,6 +67,7 @@ class PackedDataset(torch.utils.data.Dataset):
         self.max_length = max_length
         self.pad_id = pad_id
         self.parts = list(parts)
+        self.has_values = any(documents.values is not None for documents, _ in self.parts)
         self.rows = [
             (part, row)
             for part, (docs, _) in enumerate(parts)
@@ -85,6 +87,8 @@ class PackedDataset(torch.utils.data.Dataset):
             "document_ids": torch.zeros(self.max_length, dtype=torch.int64),
             "position_ids": torch.zeros(self.max_length, dtype=torch.int64),
         }
+        if self.has_values:
+            row["value_labels"] = torch.full((self.max_length,), IGNORED, dtype=torch.int64)
         if index == EMPTY:
             return row
         part, members = self.rows[index]
@@ -98,6 +102,8 @@ class PackedDataset(torch.utils.data.Dataset):
             row["labels"][start:end] = tokens.masked_fill(
                 ~torch.from_numpy(documents.targets[span].copy()), IGNORED
             )
+            if documents.values is not None:
+                row["value_labels"][start:end] = torch.from_numpy(documents.values[span].astype(np.int64))
             row["document_ids"][start:end] = number
             row["position_ids"][start:end] = torch.arange(len(tokens))
             start = end

@@ -14,6 +14,7 @@ from data.example import Example
 from data.packing import PackedDataset
 from data.readers import size_of
 from data.sources import Source
+from data.steps import step_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +33,7 @@ class StreamedDataset:
 
     Attributes:
         sources: sources with the highest `split_hash` of their validation side.
+        steps: whether rows with labelled steps of reasoning follow those of a chunk.
     """
 
     sources: list[tuple[Source, int]]
@@ -39,6 +41,7 @@ class StreamedDataset:
     max_length: int
     train_on_prompt: bool
     max_samples: int | None
+    steps: bool = False
 
     @property
     def pad_id(self) -> int:
@@ -55,7 +58,10 @@ class StreamedDataset:
     def packed(self, chunk: list[Example]) -> PackedDataset:
         """A chunk as rows."""
         documents = tokenize(chunk, self.tokenizer, self.max_length, self.train_on_prompt)
-        return PackedDataset([(documents, 1.0)], self.max_length, self.pad_id)
+        parts = [(documents, 1.0)]
+        if self.steps:
+            parts.append((step_documents(chunk, self.tokenizer, self.max_length), 1.0))
+        return PackedDataset(parts, self.max_length, self.pad_id)
 
     def _mixed(self, rng: random.Random) -> Iterator[Example]:
         """All sources, each drawn in proportion to its size times its weight so that they end together."""

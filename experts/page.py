@@ -1,11 +1,14 @@
 """A page: R experts stored together, the unit that is fetched, computed and released."""
 
+import importlib
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.dispatch import wants_kernels
 from kernels.reference import swiglu
 
 
@@ -57,12 +60,18 @@ def swiglu_experts(
 def grouped_matmul(rows_NI: Tensor, weight_RIO: Tensor, groups: Groups) -> Tensor:
     """Each expert's slice of rows times its own weight: [N, I] × [R, I, O] → [N, O].
 
-    One grouped GEMM where the library has a fast one (bf16 on sm90 and later), else a product an expert. Experts
-    without rows take part with an empty product, so that every weight gets a gradient on every rank: ranks that
-    skip a parameter would leave the others waiting in its reduction.
+    One grouped GEMM where a library has a fast one, else a product an expert. Experts without rows take part with
+    an empty product, so that every weight gets a gradient on every rank: ranks that skip a parameter would leave
+    the others waiting in its reduction.
     """
     if rows_NI.shape[0] and has_grouped_gemm(rows_NI):
         return F.grouped_mm(rows_NI, weight_RIO, offs=groups.ends_R)
+    if rows_NI.shape[0] and (grouped_gemm := triton_grouped_gemm(rows_NI)):
+        weight_ROI = weight_RIO.transpose(1, 2)
+        if weight_RIO.is_contiguous():
+            return grouped_gemm(rows_NI, weight_RIO, groups.ends_R)
+        if weight_ROI.is_contiguous():  # else a page within rows that hold more, which it does not take
+            return grouped_gemm(rows_NI, weight_ROI, groups.ends_R, trans_b=True)
     slices = rows_NI.split(groups.sizes)
     return torch.cat([slice_NI @ weight for slice_NI, weight in zip(slices, weight_RIO, strict=True)])
 
@@ -82,3 +91,24 @@ def has_grouped_gemm(rows: Tensor) -> bool:
         and rows.dtype == torch.bfloat16
         and torch.cuda.get_device_capability(rows.device) >= (9, 0)
     )
+
+
+def triton_grouped_gemm(rows: Tensor) -> Callable[..., Tensor] | None:
+    """DeepSpeed's grouped GEMM for compute capability 8.0 to 8.9, where `F.grouped_mm` runs but loops over experts
+    and waits for their counts; None elsewhere.
+
+    Its tiles are chosen by timing, and with them the order of sums: not for deterministic algorithms.
+    """
+    on_ampere = (
+        wants_kernels()
+        and rows.is_cuda
+        and rows.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(rows.device)[0] == 8
+    )
+    if not on_ampere or torch.are_deterministic_algorithms_enabled():
+        return None
+    try:  # by name, because an export copies what is imported, and DeepSpeed is not everywhere
+        operations = importlib.import_module("deepspeed.ops.triton_ops")
+    except ImportError:
+        return None
+    return operations.group_gemm_triton if operations.is_triton_available() else None

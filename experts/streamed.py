@@ -58,6 +58,8 @@ class StreamSettings:
     disk_layers: int = 0
     """How many layers lie in files under `nvme_path`, the others in memory."""
     nvme_path: str | None = None
+    frozen: bool = False
+    """Whether experts stay as they are: backward only passes through them, and there is no optimizer state."""
 
 
 class StreamedBank(nn.Module):
@@ -104,9 +106,10 @@ class StreamedFunction(torch.autograd.Function):
             if rows.stop > rows.start:
                 tokens = token_N[rows]
                 grad_rows_ND[rows], grad_weight_N[rows], *gradients = page_backward(
-                    hidden_TD[tokens], grad_TD[tokens], weight_N[rows], page
+                    hidden_TD[tokens], grad_TD[tokens], weight_N[rows], page, ctx.stream.settings.frozen
                 )
-            ctx.stream.use_gradients(ctx.visit, page, gradients)
+            if not ctx.stream.settings.frozen:
+                ctx.stream.use_gradients(ctx.visit, page, gradients)
         ctx.stream.end_backward(ctx.visit)
         places_TK = inverse(order_N).view_as(weights_TK)
         grad_weights_TK = grad_weight_N[places_TK].to(weights_TK.dtype)
@@ -119,9 +122,9 @@ def gate_and_up(input_ND: Tensor, page: VisitedPage) -> tuple[Tensor, Tensor]:
 
 
 def page_backward(
-    input_ND: Tensor, grad_ND: Tensor, weight_N: Tensor, page: VisitedPage
+    input_ND: Tensor, grad_ND: Tensor, weight_N: Tensor, page: VisitedPage, frozen: bool
 ) -> tuple[Tensor, ...]:
-    """Gradients of a page's rows, of their routing weights and of the two weight arrays.
+    """Gradients of a page's rows, of their routing weights and, unless `frozen`, of the two weight arrays.
 
     grad_ND is that of the combined output, before the routing weight of a row. The weight of row n has gradient
     ⟨output, grad⟩ = ⟨middle, downᵀ grad⟩, so the down projection is not computed again.
@@ -132,11 +135,14 @@ def page_backward(
     grad_middle_NF = grouped_matmul(grad_ND, page.down_RDF, page.groups)
     grad_weight_N = (middle_NF * grad_middle_NF).sum(1, dtype=torch.float32)
     grad_middle_NF *= weight_N[:, None]
-    grad_down_RDF = grouped_outer(grad_ND, middle_NF.mul_(weight_N[:, None]), page.groups)
+    if not frozen:
+        grad_down_RDF = grouped_outer(grad_ND, middle_NF.mul_(weight_N[:, None]), page.groups)
     grad_gate_NF = torch.ops.aten.silu_backward(grad_middle_NF * up_NF, gate_NF)
     grad_gate_up_NX = torch.cat([grad_gate_NF, grad_middle_NF.mul_(silu_NF)], dim=1)
-    grad_gate_up_RXD = grouped_outer(grad_gate_up_NX, input_ND, page.groups)
     grad_rows_ND = grouped_matmul(grad_gate_up_NX, page.gate_up_RXD, page.groups)
+    if frozen:
+        return grad_rows_ND, grad_weight_N
+    grad_gate_up_RXD = grouped_outer(grad_gate_up_NX, input_ND, page.groups)
     return grad_rows_ND, grad_weight_N, grad_gate_up_RXD, grad_down_RDF
 
 
@@ -184,8 +190,9 @@ class StreamedExperts(Placement):
         self.num_experts, self.layers = config.num_experts, config.num_hidden_layers
         rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         self.layout = RowLayout(config.moe_intermediate_size, config.hidden_size, rank, ranks)
-        self.kept = quantities(settings.state, dtype)
-        kept = self.kept | (accumulator(settings.state) if settings.accumulate else {})
+        self.kept = {"weight": (dtype, 1)} if settings.frozen else quantities(settings.state, dtype)
+        accumulates = settings.accumulate and not settings.frozen
+        kept = self.kept | (accumulator(settings.state) if accumulates else {})
         bank = (self.num_experts, self.layout, kept)
         on_disk = [
             (layer + 1) * settings.disk_layers // self.layers > layer * settings.disk_layers // self.layers
@@ -201,7 +208,8 @@ class StreamedExperts(Placement):
                 for layer, disk in enumerate(on_disk)
             ]
         self.ring = SlotRing(self.stores, settings.num_slots, settings.page_size, device, gathering)
-        self.gradient_RP = torch.zeros(settings.page_size, self.layout.row_size, dtype=dtype, device=device)
+        rows = 0 if settings.frozen else settings.page_size
+        self.gradient_RP = torch.zeros(rows, self.layout.row_size, dtype=dtype, device=device)
         self.refused = torch.zeros((), dtype=torch.int64, device=device)
         self.group_settings = {
             "name": "experts", "lr": settings.learning_rate, "weight_decay": settings.weight_decay
@@ -251,7 +259,7 @@ class StreamedExperts(Placement):
 
     def expect_backward(self, visit: Visit) -> None:
         """Plan the layer's pages of backward, and after the last layer send them all on their way."""
-        visit.boundary = self.is_boundary()
+        visit.boundary = self.is_boundary() or self.settings.frozen
         accumulated = self.accumulated[visit.layer]
         experts = tuple(sorted(accumulated.union(visit.used))) if visit.boundary else visit.used
         visit.backward = tuple(
@@ -265,8 +273,10 @@ class StreamedExperts(Placement):
             self.ring.announce(page for v in reversed(self.planned) for page in v.backward)
 
     def backward_pages(self, visit: Visit) -> Iterator[VisitedPage]:
-        self.updating = self.updating or visit.boundary
-        changed = self.kept if visit.boundary else ("accumulator",)
+        changed = ()
+        if not self.settings.frozen:
+            self.updating = self.updating or visit.boundary
+            changed = self.kept if visit.boundary else ("accumulator",)
         yield from self._visit(visit, visit.backward, changed)
 
     def use_gradients(self, visit: Visit, page: VisitedPage, gradients: list[Tensor] | None) -> None:

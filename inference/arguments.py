@@ -37,6 +37,7 @@ class EvaluationArguments(Checked):
     show_examples: int = option(0, "answers to print, of each family", minimum=0)
     output_file: str | None = option(None, "JSON file for the results")
     execute_code: bool = option(False, "run generated code against its unit tests, with limits")
+    tree: bool = option(False, "answer also by searches over steps, for a model with a value head")
     cache_dir: str | None = option(None, "tokenized data (default: pragnosia in the user's cache directory)")
     dataset_config: str | None = option(None, "YAML file that declares your own datasets")
 

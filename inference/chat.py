@@ -18,6 +18,8 @@ from training.config import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from inference.engines import Engine
+    from inference.tree_of_thoughts import Tree
+    from model.components import TreeConfig
 
 FORMATS = {"chat": "chat_template", "code": "task"}
 PROMPT = "you> "
@@ -49,6 +51,10 @@ class Chat:
         self.questions = 0
         self.left_out = 0
         """Turns that the last prompt had no room for."""
+        self.thinking: TreeConfig | None = None
+        """The search that answers, if one does."""
+        self.tree: Tree | None = None
+        """What it found for the last question."""
 
     def ask(self, question: str, stop: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Stream the answer's text and remember the turn, as far as `stop` let it come.
@@ -57,14 +63,44 @@ class Chat:
         """
         turn = Turn(self.mode, question)
         prompt = self._prompt(turn)
+        self.tree = None
         sampling = self.sampling
         if sampling.seed is not None:  # else the same question would always draw the same answer
             sampling = dataclasses.replace(sampling, seed=sampling.seed + self.questions)
         self.questions += 1
         self.turns.append(turn)
+        if self.thinking is not None:
+            self.tree = self.engine.think(prompt, sampling, self.thinking, stop)
+            turn.answer = self.tree.answer
+            yield turn.answer
+            return
         for piece in stream_text(self.engine.tokenizer, self.engine.answer(prompt, sampling, stop)):
             turn.answer += piece
             yield piece
+
+    def path(self) -> str:
+        """The steps of the last answer, each after its value; empty unless a search found it."""
+        return self.tree.path_text() if self.tree else ""
+
+    def think(self, value: str) -> str:
+        """Answer by a search over steps or not; a number is the partial solutions that it keeps."""
+        from inference.tree_of_thoughts import tree_config
+
+        if value == "off":
+            self.thinking = None
+            return "Answers are written straight on."
+        tree = tree_config(self.engine.model)
+        if value != "on":
+            if not value.isdecimal() or not int(value):
+                raise UserError(f"/think takes on, off or a number of paths, not {value!r}")
+            tree = dataclasses.replace(tree, beam_width=int(value), branching=None)
+        self.thinking = tree
+        return f"Answers are searched for: {tree.beam_width} paths, {tree.branching} steps tried after each."
+
+    def show_tree(self) -> str:
+        if self.tree is None:
+            raise UserError("there is no tree: turn the search on with /think on and ask something")
+        return self.tree.text()
 
     def _prompt(self, turn: Turn) -> list[int]:
         """Token ids for a new turn: the newest turns of the chat that fit; a code task stands alone."""
@@ -114,7 +150,8 @@ class Chat:
         return (
             f"mode {self.mode}, temperature {s.temperature:g}, top-p {s.top_p:g}, top-k {s.top_k}, "
             f"max-length {s.max_new_tokens}, seed {seed}, context {self.engine.context} tokens, "
-            f"{len(self.turns)} turns\n{self.engine.description}"
+            f"{len(self.turns)} turns, thinking {self.thinking.beam_width if self.thinking else 'off'}"
+            f"\n{self.engine.description}"
         )
 
     def set_temperature(self, value: str) -> str:
@@ -169,6 +206,8 @@ COMMANDS: dict[str, tuple[Callable, str, str]] = {
     "/temp": (Chat.set_temperature, "0.7", "temperature; 0 takes the likeliest token"),
     "/top-p": (Chat.set_top_p, "0.9", "draw from the likeliest tokens that reach this probability"),
     "/top-k": (Chat.set_top_k, "50", "draw from this many likeliest tokens; 0: all"),
+    "/think": (Chat.think, "on|off|N", "search for answers step by step, keeping N paths"),
+    "/tree": (Chat.show_tree, "", "show all that the last search tried"),
     "/code": (Chat.code_mode, "", "each line is a programming task"),
     "/chat": (Chat.chat_mode, "", "back to the conversation"),
     "/save": (Chat.save, "FILE", "write what was said as JSON lines"),
@@ -210,12 +249,14 @@ def talk_on_terminal(chat: Chat) -> None:
                 said = chat.command(line)
                 if said is None:
                     return
-                print(said)
+                print(CONTROL.sub("", said))
             elif line:
                 with ctrl_c_noted() as pressed:
                     for piece in chat.ask(line, stop=pressed):
                         print(CONTROL.sub("", piece), end="", flush=True)
                     print(" (stopped)" if pressed() else "")
+                if chat.tree:
+                    print(CONTROL.sub("", chat.path()))
                 if chat.left_out:
                     print(f"(the {chat.left_out} oldest turns no longer fit and were left out)")
         except UserError as error:
@@ -238,6 +279,8 @@ def talk_through_pipe(chat: Chat) -> None:
             elif line:
                 answer = "".join(chat.ask(line))
                 print(answer.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r"), flush=True)
+                if chat.tree:
+                    print(chat.path(), file=sys.stderr)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
+    from inference.tree_of_thoughts import Tree
+    from model.components import TreeConfig
     from model.config import PragnosiaConfig
 
 PATIENCE = timedelta(days=30)  # how long the other ranks wait for the next question
@@ -56,9 +58,19 @@ class Engine:
         self._announce((list(prompt), sampling))
         yield from self._decode(prompt, sampling, stop)
 
+    def think(
+        self, prompt: Sequence[int], sampling: Sampling, tree: TreeConfig, stop: Callable[[], bool]
+    ) -> Tree:
+        """One answer by a search over steps; once `stop` is true it is the best of what there is."""
+        self._announce((list(prompt), sampling, tree))
+        return self._search(prompt, sampling, tree, stop)
+
     def follow(self) -> None:
         """On ranks other than 0: compute every answer that rank 0 announces, until it closes."""
         while (question := self._announce(None)) is not None:
+            if len(question) == 3:
+                self._search(*question, stop=lambda: False)
+                continue
             for _ in self._decode(*question, stop=lambda: False):
                 pass
         self._leave()
@@ -68,7 +80,7 @@ class Engine:
         self._announce(None)
         self._leave()
 
-    def _announce(self, question: tuple[list[int], Sampling] | None) -> tuple[list[int], Sampling] | None:
+    def _announce(self, question: tuple | None) -> tuple | None:
         if self.control is None:
             return question
         import torch.distributed as dist
@@ -82,6 +94,17 @@ class Engine:
 
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def _search(
+        self, prompt: Sequence[int], sampling: Sampling, tree: TreeConfig, stop: Callable[[], bool]
+    ) -> Tree:
+        from inference.tree_of_thoughts import tree_of_thoughts
+
+        found = tree_of_thoughts(
+            self.model, self.tokenizer, [prompt], tree, max_new_tokens=sampling.max_new_tokens,
+            seed=sampling.seed, device=self.device, agree=follow_rank_zero(self.control), stop=stop,
+        )  # fmt: skip
+        return found[0]
 
     def _decode(self, prompt: Sequence[int], sampling: Sampling, stop: Callable[[], bool]) -> Iterator[int]:
         steps = decode(
@@ -246,7 +269,12 @@ def _tensor_parallel(model: torch.nn.Module, dtype: torch.dtype, ranks: int) -> 
 
 
 def check_divisible(config: PragnosiaConfig, ranks: int) -> None:
-    """Raises UserError unless heads split evenly, and the expert width into multiples of 8 (grouped GEMM)."""
+    """Raises UserError unless heads split evenly, and the expert width into multiples of 8 (grouped GEMM); a
+    memory and a coprocessor, which reads all heads, are not split at all."""
+    if config.memory:
+        raise UserError("a model with a neural memory answers on one GPU: leave out --num-gpus")
+    if config.cache:
+        raise UserError("a model with a coprocessor answers on one GPU: leave out --num-gpus")
     for name, size, unit in (
         ("key-value heads", config.num_key_value_heads, 1),
         ("units of expert width", config.moe_intermediate_size, 8),

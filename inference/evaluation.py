@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from inference.code_execution import passes_tests
@@ -156,6 +157,69 @@ def evaluate_answers(
         }
         for i, answer, correct in sorted(record for share in shares for record in share)
     ]
+
+
+def evaluate_searches(
+    model: object,
+    tokenizer: object,
+    examples: Sequence[Example],
+    *,
+    rank: int,
+    world_size: int,
+    device: str | torch.device,
+) -> list[dict[str, object]]:
+    """Accuracy against tokens, a row for each way of answering: {"search", "exact_match", "answers", "tokens"}.
+
+    tokens: generated for one answer, those of dropped steps included. The greedy way is the search with one state
+    and one proposal; the beam keeps the likeliest paths, of as many proposals as the tree; best of n draws as many
+    whole solutions as the tree proposes steps to one depth. Groups of examples are dealt to the ranks.
+
+    Raises:
+        UserError: the model has no value head.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from data.prompts import prompt_text
+    from inference.tree_of_thoughts import tree_config, tree_of_thoughts
+
+    own = tree_config(model)
+    named = f"{own.beam_width}x{own.branching}"
+    searches = {
+        "greedy": (replace(own, search="bfs", beam_width=1, branching=1, temperature=0.0), "likelihood"),
+        f"likelihood beam {named}": (replace(own, search="bfs", pruning_threshold=0.0), "likelihood"),
+        f"best of {own.beam_width * own.branching}": (replace(own, search="best_of_n"), "value"),
+        f"tree {named}": (replace(own, search="dfs" if own.search == "dfs" else "bfs"), "value"),
+    }
+    model.eval()
+    rows = []
+    for name, (tree, score) in searches.items():
+        total = torch.zeros(3, dtype=torch.float64, device=device)  # right answers, answers, tokens
+        for start in range(rank * ANSWER_GROUP, len(examples), world_size * ANSWER_GROUP):
+            group = examples[start : start + ANSWER_GROUP]
+            prompts = [prompt_text(e.prompt_messages(), e.prompt_format, tokenizer) for e in group]
+            found = tree_of_thoughts(
+                model,
+                tokenizer,
+                prompts,
+                tree,
+                score=score,
+                max_new_tokens=ANSWER_TOKENS,
+                seed=start,
+                device=device,
+            )
+            for example, one in zip(group, found, strict=True):
+                total += torch.tensor(
+                    [bool(check_answer(example, one.answer, False)), 1, one.tokens], device=device
+                )
+        if world_size > 1:
+            dist.all_reduce(total)
+        right, answers, tokens = total.tolist()
+        count = max(answers, 1.0)
+        rows.append(
+            {"search": name, "exact_match": right / count, "answers": int(answers), "tokens": tokens / count}
+        )
+    return rows
 
 
 def check_answer(example: Example, answer: str, execute_code: bool) -> bool | None:

@@ -63,6 +63,12 @@ def context_length(model: object) -> int:
     return int(getattr(model, "module", model).config.max_position_embeddings)
 
 
+def latents_every(model: object) -> int | None:
+    """After how many new tokens the coprocessor runs again: 0 for never, None where there are no latents."""
+    cache = getattr(getattr(model, "module", model).config, "cache", None)
+    return cache["update_freq"] if cache and cache["retrieval_factor"] > 0 else None
+
+
 def decode(
     model: object,
     prompts: Sequence[Sequence[int]],
@@ -79,7 +85,8 @@ def decode(
     Prompts are padded on the left into one batch with a KV cache. `model` is a causal LM or a DeepSpeed
     engine around one. `agree` overwrites an int64 CPU tensor [B + 1] (tokens, then the stop mark) with rank
     0's; it is given when several ranks compute the model together, which must all call this with equal
-    prompts. `stop` is asked before every token. Raises UserError for a prompt that fills the context.
+    prompts. `stop` is asked before every token. Where the model has a coprocessor it reads the prompt, and then
+    again every `update_freq` tokens. Raises UserError for a prompt that fills the context.
     """
     import torch
 
@@ -98,8 +105,9 @@ def decode(
         generator.seed()
     else:
         generator.manual_seed(sampling.seed)
-    cache = None
-    for _ in range(min(sampling.max_new_tokens, context - longest)):
+    cache, every = None, latents_every(model)
+    for step in range(min(sampling.max_new_tokens, context - longest)):
+        is_due = every is not None and (step % every if every else step) == 0
         # no_grad, not inference_mode: ZeRO-3 writes into its gathered parameters, which that mode forbids.
         # It ends before the yield, else the caller would run without gradients too.
         with torch.no_grad():
@@ -110,6 +118,7 @@ def decode(
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **({"augment": True} if is_due else {}),
             )
         cache = output.past_key_values
         token_B = next_tokens(output.logits[:, -1].float(), sampling, generator)
@@ -187,6 +196,51 @@ def generate(
     return [
         tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in answers
     ]
+
+
+COMPONENTS = {"memory": "--use-neural-memory", "cache": "--stage cache --use-cache-augmentation"}
+
+
+def generate_with(
+    model: object,
+    component: str | None,
+    tokenizer: object,
+    prompts: Sequence[str],
+    sampling: Sampling | None = None,
+) -> list[str]:
+    """Answers on the model's own device, with all its components: a tree where it has a value head.
+
+    component: memory or cache, which the model must have; these are answers of one path.
+
+    Raises:
+        UserError: a model without it.
+    """
+    has = (
+        latents_every(model) is not None if component == "cache" else component is None or model.config.memory
+    )
+    if not has:
+        raise UserError(f"this model has no {component} component: train it with {COMPONENTS[component]}")
+    sampling = sampling or Sampling()
+    if component is None and model.config.tree:
+        from inference.tree_of_thoughts import tree_of_thoughts
+
+        trees = tree_of_thoughts(
+            model, tokenizer, prompts, max_new_tokens=sampling.max_new_tokens, seed=sampling.seed
+        )
+        return [tree.answer for tree in trees]
+    return generate(model, tokenizer, prompts, sampling, device=model.device)
+
+
+def draw_answers(
+    engine: object, tokenizer: object, prompts: Sequence[str], max_new_tokens: int, seed: int
+) -> list[str]:
+    """Answers as the model draws them at temperature 1, in the middle of training; all ranks call it together."""
+    was_training = engine.training
+    engine.eval()
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=1.0, top_p=1.0, seed=seed)
+    answers = generate(engine, tokenizer, prompts, sampling, device=engine.device, agree=follow_rank_zero())
+    engine.train(was_training)
+    return answers
 
 
 def follow_rank_zero(group: ProcessGroup | None = None) -> Callable[[torch.Tensor], None] | None:

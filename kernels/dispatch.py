@@ -19,7 +19,7 @@ Operations = namedtuple("Operations", "route permute combine unpermute")
 _operations = {
     "reference": Operations(route_reference, permute_reference, combine_reference, unpermute_reference)
 }
-# The Triton kernels are interpreted and compiled in the tests, but have not run on a GPU yet: not by themselves.
+# "auto" once the tests have passed on a GPU; until then the kernels are interpreted and compiled in them alone.
 _wanted = "reference"
 
 
@@ -29,6 +29,11 @@ def use(kernels: str) -> None:
     assert kernels in ("auto", "triton", "reference"), kernels
     _wanted = kernels
     obstacle.cache_clear()
+
+
+def wants_kernels() -> bool:
+    """Whether anything but plain PyTorch may run."""
+    return _wanted != "reference"
 
 
 def describe(device: torch.device, num_experts: int, num_active: int, width: int) -> str:
@@ -41,7 +46,7 @@ def describe(device: torch.device, num_experts: int, num_active: int, width: int
 def obstacle(device: torch.device, num_experts: int, num_active: int, width: int) -> str:
     """Why the reference runs and not the Triton kernels; empty where they do."""
     if _wanted == "reference":
-        return "the default"
+        return "kernels are not asked for"
     if num_active > MOST_ACTIVE or num_experts > MOST_EXPERTS or width > WIDEST:
         return f"kernels take at most {MOST_ACTIVE} of {MOST_EXPERTS:,} experts and {WIDEST:,} values a token"
     interpreted = _wanted == "triton" and os.environ.get("TRITON_INTERPRET") == "1"

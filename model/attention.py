@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import PragnosiaConfig
+from model.extended_cache import adapters_of, attend_with, latents_of, windowed
 
 
 def rotary(position_ids_BS: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -35,12 +36,13 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention of one layer; `mask` None means plain causal."""
+    """Causal self-attention of one layer; `mask` None means plain causal. window: how many tokens it sees."""
 
-    def __init__(self, config: PragnosiaConfig, layer_idx: int):
+    def __init__(self, config: PragnosiaConfig, layer_idx: int, window: int | None = None):
         super().__init__()
-        self.layer_idx = layer_idx
+        self.layer_idx, self.window = layer_idx, window
         self.head_dim = config.head_dim
+        self.retrieval_factor = config.cache["retrieval_factor"] if config.cache else None
         queries = config.num_attention_heads * config.head_dim
         pairs = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
@@ -55,11 +57,23 @@ class Attention(nn.Module):
     ) -> Tensor:
         batch, length, _ = hidden_BSD.shape
         heads = (batch, length, -1, self.head_dim)
-        q_BHSC = rotate(self.q_norm(self.q_proj(hidden_BSD).view(heads)).transpose(1, 2), *rotary_BSC)
-        k_BGSC = rotate(self.k_norm(self.k_proj(hidden_BSD).view(heads)).transpose(1, 2), *rotary_BSC)
-        v_BGSC = self.v_proj(hidden_BSD).view(heads).transpose(1, 2)
+        adapters = None if cache is None else adapters_of(cache, self.layer_idx)
+
+        def project(name: str, x: Tensor) -> Tensor:
+            projected = getattr(self, name)(x)
+            return projected if adapters is None else projected + adapters[name](x)
+
+        q_BHSC = rotate(self.q_norm(project("q_proj", hidden_BSD).view(heads)).transpose(1, 2), *rotary_BSC)
+        k_BGSC = rotate(self.k_norm(project("k_proj", hidden_BSD).view(heads)).transpose(1, 2), *rotary_BSC)
+        v_BGSC = project("v_proj", hidden_BSD).view(heads).transpose(1, 2)
         if cache is not None:
             k_BGSC, v_BGSC = cache.update(k_BGSC, v_BGSC, self.layer_idx)
+        if self.window is not None:
+            mask = windowed(mask, self.window, length, k_BGSC.shape[2], k_BGSC.device, cache)
+        latents = None if cache is None else latents_of(cache, self.layer_idx)
+        if latents is not None:
+            output_BHSC = attend_with(*latents, self.retrieval_factor, q_BHSC, k_BGSC, v_BGSC, mask)
+            return project("o_proj", output_BHSC.transpose(1, 2).reshape(batch, length, -1))
         if mask is not None:
             # With a mask, grouped key-value heads would send CUDA to the kernel that materialises the scores.
             group = q_BHSC.shape[1] // k_BGSC.shape[1]
@@ -72,4 +86,4 @@ class Attention(nn.Module):
             is_causal=mask is None and length > 1,
             enable_gqa=mask is None,
         )
-        return self.o_proj(output_BHSC.transpose(1, 2).reshape(batch, length, -1))
+        return project("o_proj", output_BHSC.transpose(1, 2).reshape(batch, length, -1))

@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 
+PATH_SCORES = ("product", "min", "last")
+LORA_RANK = 16
+COPROCESSORS = ("light", "copy", "lora")
+SEARCHES = ("bfs", "dfs", "best_of_n")
+
 
 @dataclass
 class MemoryConfig:
@@ -33,10 +38,52 @@ class MemoryConfig:
                 f"make --memory-size a multiple of it"
             )
 
+    @property
+    def num_heads(self) -> int:
+        """Heads of a memory."""
+        return self.memory_size // self.head_dim
+
+    def layers(self, num_hidden_layers: int) -> list[int]:
+        """The decoder layers that have a memory: the middles of as many equal parts."""
+        count = self.num_memory_layers
+        return [(2 * part + 1) * num_hidden_layers // (2 * count) for part in range(count)]
+
+    def num_params(self) -> int:
+        """Parameters of one layer's memory."""
+        width, size = self.hidden_size, self.memory_size
+        gates = (2 * width + 1) * self.num_heads
+        return 5 * width * size + 3 * size * self.conv_size + gates + self.head_dim
+
+    def check_depth(self, num_hidden_layers: int) -> None:
+        """Raises ValueError where a decoder of that many layers cannot have this memory."""
+        count = self.num_memory_layers
+        if not 1 <= count <= num_hidden_layers:
+            raise ValueError(
+                f"{count} memory layers in a model of {num_hidden_layers}: "
+                f"--memory-layers must be from 1 to {num_hidden_layers}"
+            )
+        most = num_hidden_layers - -(-num_hidden_layers // 4)
+        if self.window is not None and count > most:
+            remedy = f"use --memory-layers {most} or leave out --memory-window" if most else "leave it out"
+            raise ValueError(
+                f"a window of {self.window} tokens in {count} of {num_hidden_layers} layers: at least one layer "
+                f"in four must see the whole context, {remedy}"
+            )
+
 
 @dataclass
 class CacheConfig:
-    """A coprocessor that reads the key-value cache and appends latents to it (`model/cache_augmentation.py`)."""
+    """A coprocessor that reads the key-value cache and appends latents to it (`model/cache_augmentation.py`).
+
+    coprocessor: light (cross-attention over the cache; num_heads heads, coprocessor_layers layers), copy (the
+    model itself with weights of its own) or lora (the model with a low-rank update). max_cache_length: newest
+    entries that it reads. retrieval_factor: weight of the latents in the model's attention, 0 is the model without
+    them. update_freq: generated tokens between its runs, 0: once, at the end of the prompt. num_traces places in a
+    row and num_ahead_tokens tokens after each are what it learns from.
+
+    Raises:
+        ValueError: a number out of its range, heads that do not fit the width, or an unknown coprocessor.
+    """
 
     hidden_size: int
     num_heads: int = 8
@@ -50,10 +97,52 @@ class CacheConfig:
     coprocessor_layers: int = 2
     update_freq: int = 0
 
+    def __post_init__(self) -> None:
+        positive = ("max_cache_length", "num_latents", "num_ahead_tokens", "num_traces", "coprocessor_layers")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} of a cache augmentation must be at least 1")
+        if min(self.retrieval_factor, self.update_freq) < 0 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"retrieval_factor {self.retrieval_factor} and update_freq {self.update_freq} must be at least 0, "
+                f"dropout {self.dropout} from 0 to below 1"
+            )
+        if self.coprocessor not in COPROCESSORS:
+            raise ValueError(
+                f"coprocessor {self.coprocessor!r} does not exist: use {', '.join(COPROCESSORS)}"
+            )
+        if self.coprocessor == "light" and self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"a width of {self.hidden_size} cannot be cut into {self.num_heads} heads of even size: "
+                f"choose other --cache-heads"
+            )
+
+    def num_params(self, config) -> int:
+        """Parameters of the coprocessor in a model of this `PragnosiaConfig`."""
+        width, depth = config.hidden_size, config.num_hidden_layers
+        queries = config.num_attention_heads * config.head_dim
+        pairs = config.num_key_value_heads * config.head_dim
+        total = self.num_latents * width + width + width**2  # queries, norm and projection that all have
+        if self.coprocessor == "light":
+            entries = 2 * depth * pairs * width + width + width**2
+            return total + entries + self.coprocessor_layers * (12 * width**2 + 2 * width)
+        if self.coprocessor == "lora":
+            return total + depth * 2 * LORA_RANK * (2 * width + queries + pairs)
+        return total + width + depth * (config.layer_params() + config.num_experts * config.expert_params())
+
 
 @dataclass
 class TreeConfig:
-    """A value head, and a search over steps of reasoning (`inference/tree_of_thoughts.py`)."""
+    """A value head, and a search over steps of reasoning (`inference/tree_of_thoughts.py`).
+
+    beam_width: partial solutions that are kept. branching: steps proposed for each (None: twice beam_width).
+    max_depth: steps that are searched; what comes after them is written without a choice. path_score: how the
+    values of a path's steps make its score. search: bfs, dfs or best_of_n (beam_width times branching whole
+    solutions). temperature and top_k are of the proposals alone; pruning_threshold is a value.
+
+    Raises:
+        ValueError: a number out of its range, or a name that does not exist.
+    """
 
     hidden_size: int
     beam_width: int = 4
@@ -70,3 +159,14 @@ class TreeConfig:
     def __post_init__(self) -> None:
         if self.branching is None:
             self.branching = 2 * self.beam_width
+        for name in ("beam_width", "branching", "max_depth", "top_k", "max_thought_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} of a tree of thoughts must be at least 1")
+        if self.temperature < 0 or not 0 <= self.pruning_threshold <= 1:
+            raise ValueError(
+                f"temperature {self.temperature} must be at least 0 and pruning_threshold "
+                f"{self.pruning_threshold} between 0 and 1"
+            )
+        for name, known in (("path_score", PATH_SCORES), ("search", SEARCHES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} does not exist: use {', '.join(known)}")

@@ -2,12 +2,15 @@
 
 from transformers import PretrainedConfig
 
+from model.components import CacheConfig, MemoryConfig
+
 
 class PragnosiaConfig(PretrainedConfig):
     """A decoder with a Mixture-of-Experts feed-forward in every layer; field names are Qwen3-MoE's.
 
     routing: token (each token takes its top k of all experts) or step (its top k of a pool of `expert_pool`,
-    by default as many experts as a token uses; see `model/step_routing.py`). memory, cache, tree: the
+    by default as many experts as a token uses; see `model/step_routing.py`). router_bias: whether token
+    routing adds a bias to the choice (see `model/router.py`). memory, cache, tree: the
     components of `model/components.py` that a model has; none of them is Qwen3-MoE.
 
     Raises:
@@ -35,6 +38,7 @@ class PragnosiaConfig(PretrainedConfig):
     router_z_loss_coef: float = 0.001
     routing: str = "token"
     expert_pool: int | None = None
+    router_bias: bool = False
     memory: dict | None = None
     cache: dict | None = None
     tree: dict | None = None
@@ -62,6 +66,8 @@ class PragnosiaConfig(PretrainedConfig):
                 )
         elif self.expert_pool is not None:
             raise ValueError(f"--expert-pool {self.expert_pool} needs --routing step")
+        if self.router_bias and self.routing == "step":
+            raise ValueError("router_bias needs routing token: step routing balances its pools by itself")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"{self.num_attention_heads} attention heads cannot share {self.num_key_value_heads} key-value "
@@ -70,14 +76,34 @@ class PragnosiaConfig(PretrainedConfig):
         if self.head_dim % 2:
             raise ValueError(f"head size {self.head_dim} is odd: rotary embeddings turn pairs, make it even")
 
-    def _dense_params(self) -> int:
-        """Parameters outside the expert banks."""
+    def memory_layers(self) -> list[int]:
+        """The decoder layers with a neural memory."""
+        return MemoryConfig(**self.memory).layers(self.num_hidden_layers) if self.memory else []
+
+    def check_components(self) -> None:
+        """Raises ValueError where a component does not fit the model."""
+        if self.memory:
+            MemoryConfig(**self.memory).check_depth(self.num_hidden_layers)
+        if self.cache and self.routing == "step":
+            raise ValueError(
+                "cache augmentation needs --routing token: a pool would be chosen by the latents too"
+            )
+
+    def layer_params(self) -> int:
+        """Parameters of a decoder layer without its experts and memory."""
         width, head_width = self.hidden_size, self.head_dim
         queries, pairs = self.num_attention_heads * head_width, self.num_key_value_heads * head_width
         attention = 2 * width * queries + 2 * width * pairs + 2 * head_width
-        layer = attention + self.num_experts * width + 2 * width  # + router + the two norms
+        return attention + self.num_experts * width + 2 * width  # + router + the two norms
+
+    def _dense_params(self) -> int:
+        """Parameters outside the expert banks that a token meets; a coprocessor is not met by each."""
+        width, layer = self.hidden_size, self.layer_params()
         embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_hidden_layers * layer + width
+        value_head = (width + 1) ** 2 if self.tree else 0  # two linear layers, to width and to 1, with biases
+        memory = MemoryConfig(**self.memory) if self.memory else None
+        memories = memory.num_memory_layers * memory.num_params() if memory else 0
+        return embeddings + self.num_hidden_layers * layer + width + memories + value_head
 
     def expert_params(self) -> int:
         """Parameters of one expert."""
@@ -85,7 +111,9 @@ class PragnosiaConfig(PretrainedConfig):
 
     def num_params(self) -> int:
         """All parameters of the model."""
-        return self._dense_params() + self.num_hidden_layers * self.num_experts * self.expert_params()
+        coprocessor = CacheConfig(**self.cache).num_params(self) if self.cache else 0
+        experts = self.num_hidden_layers * self.num_experts * self.expert_params()
+        return self._dense_params() + experts + coprocessor
 
     def active_params(self) -> int:
         """Parameters that one token meets."""

@@ -15,7 +15,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from kernels.dispatch import route
 from kernels.reference import RouterStatistics, Routing
@@ -37,7 +36,7 @@ class PoolChoice:
     """What one layer may choose its pool from in one forward pass, and what it chose.
 
     batch: B. mask: attention's own, [B, 1, S, past + S], or None for plain causal. cache: one that
-    `hold_sums` has seen, or None. pool_E (bool): the pool of a training forward. The object goes with the
+    `hold_states` has seen, or None. pool_E (bool): the pool of a training forward. The object goes with the
     layer into activation checkpointing: a recompute finds the pool here, and neither chooses nor counts
     again.
     """
@@ -119,10 +118,10 @@ class StepRouter(Router):
             sees = (own if own.dtype == torch.bool else own == 0).to(probs_TE.dtype)
         sums_BSE = sees @ probs_BSE
         if choice.cache is not None:
-            layer = choice.cache.layers[choice.layer_idx]
-            if layer.sums_BE is not None:
-                sums_BSE = sums_BSE + layer.sums_BE[:, None]
-            layer.sums_BE = sums_BSE[:, -1]
+            states = choice.cache.layers[choice.layer_idx].states
+            if "pool_sums" in states:
+                sums_BSE = sums_BSE + states["pool_sums"][:, None]
+            states["pool_sums"] = sums_BSE[:, -1]
         return largest(sums_BSE, self.pool_size).flatten(0, 1)
 
 
@@ -130,33 +129,6 @@ def largest(score: Tensor, count: int) -> Tensor:
     """Bool, where the `count` largest of the last dimension are; the first among equals."""
     order = score.argsort(dim=-1, descending=True, stable=True)[..., :count]
     return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, True)
-
-
-class PooledLayer(DynamicLayer):
-    """Keys, values and sums_BE (fp32): the probabilities of the layer's router summed over the tokens so far."""
-
-    sums_BE: Tensor | None = None
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self.sums_BE = self.sums_BE.index_select(0, beam_idx)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise ValueError(
-            "step routing keeps sums, which cannot forget a token: generate without an assistant"
-        )
-
-
-def hold_sums(cache: DynamicCache, num_layers: int) -> None:
-    """Make a fresh or reset cache one that holds the sums too.
-
-    Raises:
-        ValueError: a cache of another kind.
-    """
-    if not isinstance(cache, DynamicCache):
-        raise ValueError(f"step routing generates with a DynamicCache, not with a {type(cache).__name__}")
-    if cache.get_seq_length() == 0:
-        cache.layers[:] = [PooledLayer() for _ in range(num_layers)]
 
 
 def step_routers(model: nn.Module) -> list[StepRouter]:

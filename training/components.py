@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, fields
+from typing import TYPE_CHECKING
 
+from data.steps import OwnAnswers
 from model import PragnosiaConfig
 from model.components import CacheConfig, MemoryConfig, TreeConfig
 from training.config import Checked, TrainingArguments, UserError
+
+if TYPE_CHECKING:
+    from data.loader import Data
 
 COMPONENTS = {
     "memory": ("use_neural_memory", MemoryConfig),
@@ -65,3 +70,35 @@ def add_components(config: PragnosiaConfig, args: TrainingArguments, **given) ->
                 f"leave it out"
             )
         setattr(config, name, asdict(wanted))
+
+
+def has_labelled_steps(config: PragnosiaConfig, args: TrainingArguments) -> bool:
+    """Whether a run's data needs labelled steps: whether it trains a value head."""
+    has_head = bool(config.tree) if args.use_tree_of_thoughts is None else args.use_tree_of_thoughts
+    return has_head and args.stage == "base"
+
+
+def own_answers(
+    config: PragnosiaConfig, args: TrainingArguments, data: Data, tokenizer, max_length: int
+) -> OwnAnswers | None:
+    """The model's own answers that a run's value head learns from, None without --value-refresh.
+
+    Raises:
+        UserError: there is no value head, or nothing that it could learn from.
+    """
+    trains_head = has_labelled_steps(config, args)
+    has_labels = any(line.get("steps", 0) != 0 for line in data.report)  # None: a stream, not counted
+    if args.value_refresh and not trains_head:
+        raise UserError("--value-refresh needs a value head to train: add --use-tree-of-thoughts")
+    if args.use_tree_of_thoughts and trains_head and not has_labels:
+        raise UserError(
+            "--use-tree-of-thoughts: the data has no labelled steps of reasoning: add some to --dataset, "
+            "reasoning or word_problems, or prepare it with steps=True"
+        )
+    if not args.value_refresh:
+        return None
+    if not data.problems:
+        raise UserError("--value-refresh: no answer in the data can be checked: add reasoning to --dataset")
+    return OwnAnswers(
+        data.problems, tokenizer, interval=args.value_refresh, max_length=max_length, seed=args.seed
+    )

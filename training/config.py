@@ -157,7 +157,9 @@ class ModelArguments(Checked):
     expert_pool: int | None = option(
         None, "experts in the pool, with --routing step (default: --num-active-experts)", minimum=1
     )
-    router_aux_loss_coef: float = option(0.01, "weight of the router's balance loss", minimum=0)
+    router_aux_loss_coef: float = option(
+        0.01, "weight of the router's balance loss, with --load-balance aux", minimum=0
+    )
     router_z_loss_coef: float = option(0.001, "weight of the router's z loss", minimum=0)
     tokenizer: str | None = option(None, "tokenizer directory (default: the one in data/tokenizer)")
     init_from: str | None = option(None, "start from this run, checkpoint or Qwen3-MoE directory")
@@ -219,6 +221,11 @@ class TrainingArguments(Checked):
     warmup_steps: int = option(0, "steps over which the learning rate rises", minimum=0)
     weight_decay: float = option(0.1, "AdamW weight decay of matrices", minimum=0)
     gradient_clip: float = option(1.0, "largest global gradient norm; 0 turns clipping off", minimum=0)
+    load_balance: str = option(
+        "aux",
+        "how experts are kept evenly used: aux, a loss; bias, a bias on the choice that each step moves; or none",
+        choices=("aux", "bias", "none"),
+    )
     seed: int = option(42, "random seed", minimum=0, maximum=2**32 - 1)
     precision: str | None = option(
         None, "bf16, fp16 or fp32 (default: bf16 on a GPU, fp32 on CPU)", choices=("bf16", "fp16", "fp32")
@@ -297,8 +304,23 @@ class TrainingArguments(Checked):
     use_tree_of_thoughts: bool | None = option(
         None, "give it a value head, trained on steps of reasoning (default: likewise)"
     )
+    value_refresh: int = option(
+        0, "steps between the model's own answers that the value head learns from too (0: none)", minimum=0
+    )
+    stage: str = option(
+        "base",
+        "base: train the model; cache: the coprocessor of cache augmentation on a model that stays as it is",
+        choices=("base", "cache"),
+    )
+    cache_joint: bool = option(False, "with --stage cache, train the model too")
 
     def check(self) -> None:
+        if self.cache_joint and self.stage != "cache":
+            raise UserError("--cache-joint needs --stage cache")
+        if self.cache_joint and self.gradient_checkpointing:
+            raise UserError(
+                "--cache-joint learns through the cache, which no recompute fills: use --no-gradient-checkpointing"
+            )
         if self.offload_to_cpu is not None and self.placement != "auto":
             flag = "--offload-to-cpu" if self.offload_to_cpu else "--no-offload-to-cpu"
             raise UserError(f"--placement and {flag} both set the placement: give one of them")

@@ -119,6 +119,7 @@ def _streamed_experts(plan: Plan, args: TrainingArguments, ranks: Ranks) -> Stre
             seed=args.seed,
             disk_layers=plan.stream.disk_layers,
             nvme_path=args.nvme_path,
+            frozen=args.stage == "cache",
         ),
         ranks.device,
         DTYPES[plan.precision],
@@ -151,6 +152,16 @@ def build_model(
     return model
 
 
+def freeze(model: nn.Module, args: TrainingArguments) -> None:
+    """In stage cache the coprocessor alone learns, with --cache-joint the model too; in stage base all else."""
+    for name, parameter in model.named_parameters():
+        is_own = name.startswith("cache.")
+        if args.stage == "cache":
+            parameter.requires_grad_(is_own or (args.cache_joint and not name.startswith("value_head.")))
+        elif is_own:
+            parameter.requires_grad_(False)
+
+
 def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict]:
     """Experts that are parameters with their own learning rate; weight decay for matrices alone."""
     groups = {
@@ -162,6 +173,8 @@ def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict]:
         )
     }
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         kind = (
             "experts"
             if ".experts." in name
@@ -188,6 +201,7 @@ def build_engine(
 ) -> deepspeed.DeepSpeedEngine:
     """The engine that owns the model, its optimizer and its gradients from here on."""
     model.model.gradient_checkpointing = args.gradient_checkpointing
+    freeze(model, args)
     optimizer = build_optimizer(parameter_groups(model, args), ds_config)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     if not engine.zero_optimization():

@@ -35,6 +35,13 @@ class MemoryEstimate:
         return f"{self.device / 1e9:.2f} GB device, {self.host / 1e9:.2f} GB host a rank"
 
 
+def memory_bytes(config: PragnosiaConfig, weight: int) -> float:
+    """What a token leaves for backward in a neural memory: values in the model's dtype and in fp32, and a chunk's
+    matrices; measured in plain PyTorch, the kernels on a GPU keep less."""
+    memory = config.memory
+    return memory["memory_size"] * (22 * weight + 76 + 20 * memory["chunk_size"] / memory["head_dim"])
+
+
 def estimate(
     config: PragnosiaConfig,
     ds_config: dict,
@@ -72,6 +79,9 @@ def estimate(
     layer = tokens * weight * (4 * width + 4 * heads + routed)
     kept = tokens * weight * 2 * width if checkpointing else layer
     activations = kept * config.num_hidden_layers + (layer if checkpointing else 0)
+    if config.memory:
+        kept_layers = 1 if checkpointing else len(config.memory_layers())
+        activations += tokens * memory_bytes(config, weight) * kept_layers
     # A chunk of logits in fp32 and rounded; the gradient of the head, in fp32 where chunks add up.
     activations += config.vocab_size * (
         min(tokens, LOSS_CHUNK) * (4 + weight) + width * (weight + 4 * (tokens > LOSS_CHUNK))

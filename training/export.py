@@ -15,8 +15,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # The modules a loaded model needs, written flat beside the weights for `trust_remote_code`.
 MODEL_CODE = (
     "model/config.py", "model/components.py", "model/attention.py", "model/router.py",
-    "model/step_routing.py", "model/moe.py", "model/head.py", "model/causal_lm.py", "experts/page.py",
-    "experts/resident.py", "kernels/reference.py", "kernels/dispatch.py",
+    "model/step_routing.py", "model/moe.py", "model/head.py", "model/value_head.py",
+    "model/generation_cache.py", "model/extended_cache.py", "model/memory.py", "model/cache_augmentation.py",
+    "model/answers.py", "model/causal_lm.py", "experts/page.py", "experts/resident.py",
+    "kernels/reference.py", "kernels/dispatch.py", "kernels/cache_attention.py",
 )  # fmt: skip
 SHARED_FIELDS = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -27,7 +29,7 @@ SHARED_FIELDS = (
 
 
 def to_qwen3_moe(config: PragnosiaConfig):
-    """The same architecture as a `Qwen3MoeConfig`, which has no pools (`make_plan` refuses them)."""
+    """The same architecture as a `Qwen3MoeConfig`, which has no pools or components (`make_plan` refuses them)."""
     from transformers import Qwen3MoeConfig
 
     assert config.routing == "token", config.routing

@@ -94,6 +94,16 @@ def make_plan(
         raise UserError(
             "--export-format qwen3_moe: Qwen3-MoE has no expert pools; leave it out, or use --routing token"
         )
+    if args.load_balance == "bias" and config.routing == "step":
+        raise UserError(
+            "--load-balance bias is for --routing token: --routing step balances its pools by itself; leave it out"
+        )
+    if (args.load_balance == "bias" or config.router_bias) and args.export_format == "qwen3_moe":
+        raise UserError(
+            "--export-format qwen3_moe: a Qwen3-MoE router has no bias; leave it out"
+            + ("" if config.router_bias else ", or use --load-balance aux")
+        )
+    check_components(config, args)
     precision = args.precision or ("bf16" if device == "cuda" else "fp32")
     nodes = int(os.environ.get("CROSS_SIZE", "1"))  # set by the launcher
     preset = size if size in deepspeed_config.NOMINAL_PARAMETERS else deepspeed_config.nearest_preset(
@@ -154,6 +164,22 @@ def make_plan(
         if placement == "streamed" and plan.memory.device > room and not args.deepspeed_config:
             plan = attempt(placement, smaller)
     return plan
+
+
+def check_components(config: PragnosiaConfig, args: TrainingArguments) -> None:
+    """Raises UserError where a component does not fit the model, or the exported format has none."""
+    from training.components import COMPONENTS
+
+    try:
+        config.check_components()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    for name, (flag, _) in COMPONENTS.items():
+        if getattr(config, name) and args.export_format == "qwen3_moe":
+            raise UserError(
+                f"--export-format qwen3_moe: Qwen3-MoE has no {name} component; leave it out, or use "
+                f"--no-{flag.replace('_', '-')}"
+            )
 
 
 def idle_expert_flags(args: TrainingArguments, placement: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ Pretrainer(
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -28,10 +30,14 @@ import torch.distributed as dist
 from data.loader import Data, TrainLoader, prepare_rows
 from data.tokenizer_asset import load_tokenizer
 from inference.evaluation import evaluate_loss
+from inference.generation import draw_answers
 from model import PragnosiaConfig, PragnosiaForCausalLM
+from model.components import CacheConfig
+from model.router import nudge_biases
 from model.step_routing import pool_uses, restore_pool_uses
 from training import checkpoint as disk
-from training.components import add_components
+from training.cache_stage import check_stage, evaluate_latents, with_traces
+from training.components import add_components, has_labelled_steps, own_answers
 from training.config import DataArguments, TrainingArguments, UserError
 from training.engine import (
     DTYPES,
@@ -58,9 +64,11 @@ from training.randomness import random_state, set_random_state, set_seeds
 from training.schedule import learning_rate_factor
 from training.step import StepResult, reduce_results, train_step
 from training.universal import UNIVERSAL_CLIENT_STATE, to_universal
-from training.weights import Source, initial_weights, model_weights
+from training.weights import Source, directory_weights, fill_counts, initial_weights, model_weights
 
 STATE_TAG = "state"
+OWN_ANSWERS = "own_answers.npz"
+BIASES_REST = 0.03  # the share of the steps, at the end, in which biases of routers stay (DeepSeek-V3)
 
 
 class Interrupted(Exception):
@@ -113,17 +121,25 @@ class Pretrainer:
         self.tokenizer = tokenizer or load_tokenizer()
         self.data_args = data_args or DataArguments()
         if isinstance(model, PragnosiaForCausalLM):
-            init_from, model = model_weights(model), model.config
-        self.config = model
+            fresh = initial_weights(args.seed, model.config.initializer_range)
+            init_from, model = model_weights(model, fresh), model.config
+        self.config = copy.deepcopy(model)  # `args` decide some of its fields
         self.name, self.settings = name, settings or {}
         add_components(self.config, args, memory=memory_module, cache=cache_module, tree=tree_module)
+        self.config.router_bias |= args.load_balance == "bias"  # a model that has one keeps it
+        if args.load_balance != "aux":
+            self.config.router_aux_loss_coef = 0.0
         disk.check_vocabulary(self.tokenizer, self.config, "this run")
         self.config.pad_token_id = self.tokenizer.pad_token_id
         self.config.eos_token_id = self.tokenizer.eos_token_id
         self.source = init_from or initial_weights(args.seed, self.config.initializer_range)
         if not isinstance(train_dataset, Data):
-            train_dataset = prepare_rows(train_dataset, self.data_args, self.tokenizer, args.seed)
+            steps = has_labelled_steps(self.config, args)
+            train_dataset = prepare_rows(train_dataset, self.data_args, self.tokenizer, args.seed, steps)
         self.data = train_dataset
+        self.own_answers = own_answers(
+            self.config, args, self.data, self.tokenizer, self.data_args.max_length
+        )
         self.plan: Plan = make_plan(
             self.config,
             args,
@@ -132,6 +148,8 @@ class Pretrainer:
             device=self.device_type,
             world_size=self.ranks.world_size,
         )
+        is_trained, is_new = bool(init_from or args.resume), not model.cache
+        check_stage(self.config, args, self.plan.placement, is_trained=is_trained, is_new=is_new)
         check_host_memory(self.plan, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.resume_from = disk.resolve_checkpoint(args.resume) if args.resume else None
         run_name = f"pragnosia_{name}_{self.config.num_experts}experts_{time.strftime('%Y%m%d-%H%M%S')}"
@@ -233,7 +251,18 @@ class Pretrainer:
         )
         set_learning_rates(self.engine, self.args, factor)
         self.learning_rates = (self.args.learning_rate * factor, self.args.local_learning_rate * factor)
+        if self.args.stage == "cache":
+            cache, key = CacheConfig(**self.config.cache), f"{self.args.seed}/{self.step}"
+            microbatches = [with_traces(batch, cache, key) for batch in microbatches]
+        if self.own_answers is not None:
+            self.own_answers.refresh(partial(draw_answers, self.engine, self.tokenizer), self.step)
+            self.own_answers.mix(microbatches, self.loader, self.step)
         result = train_step(self.engine, microbatches)
+        is_moving = self.step < (1 - BIASES_REST) * (self.total_steps or self.step + 1)
+        if self.args.load_balance == "bias" and self.args.stage == "base" and result.applied and is_moving:
+            load_LE = result.load_LE.clone()
+            dist.all_reduce(load_LE)
+            nudge_biases(self.engine.module, load_LE)
         self.step += 1
         self.step_in_epoch += 1
         self.tokens += result.num_tokens
@@ -307,15 +336,17 @@ class Pretrainer:
         )
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        """Validation loss of each family and overall."""
-        return evaluate_loss(
-            self.engine,
-            self.data.validation,
-            batch_size=self.args.per_device_train_batch_size,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-            device=self.ranks.device,
-        )
+        """Validation loss of each family and overall; in stage cache that of the tokens after latents."""
+        share = {
+            "batch_size": self.args.per_device_train_batch_size,
+            "rank": self.ranks.rank,
+            "world_size": self.ranks.world_size,
+            "device": self.ranks.device,
+        }
+        if self.args.stage == "cache":
+            cache = CacheConfig(**self.config.cache)
+            return evaluate_latents(self.engine, self.data.validation, cache, **share)
+        return evaluate_loss(self.engine, self.data.validation, **share)
 
     def _validate(self) -> bool:
         """Validate and log; True when patience has run out."""
@@ -399,7 +430,7 @@ class Pretrainer:
     def _check_layout(self, resume: Path, state: dict) -> None:
         """DeepSpeed's state can be read on other ranks, not under another placement, stage or precision."""
         for name, value in self._layout().items():
-            if state.get(name) != value:
+            if state.get(name, value) != value:
                 raise UserError(
                     f"{resume} was trained with {name.replace('_', ' ')} {state.get(name)}, this run has {value}: "
                     f"resume as it was, or start a new run from its weights with --init-from"
@@ -408,7 +439,8 @@ class Pretrainer:
     def _layout(self) -> dict:
         stage = self.plan.ds_config["zero_optimization"]["stage"]
         layout = {"placement": self.plan.placement, "zero_stage": stage, "precision": self.plan.precision}
-        return layout | {"expert_state": self.plan.stream.state if self.plan.stream else None}
+        layout |= {"expert_state": self.plan.stream.state if self.plan.stream else None}
+        return layout | {"router_bias": self.config.router_bias}
 
     def _data_identity(self) -> list:
         """What the place in the data refers to: the rows and their order."""
@@ -455,6 +487,8 @@ class Pretrainer:
         self.engine.module.placement.save(temporary / STATE_TAG)
         self._export(temporary / "model", "pragnosia")
         torch.save(random_state(), temporary / f"rank-{self.ranks.rank}.pt")
+        if self.own_answers is not None and self.is_main:
+            self.own_answers.save(temporary / OWN_ANSWERS)
 
     def _export(self, directory: Path, export_format: str) -> None:
         if self.is_main:
@@ -490,7 +524,11 @@ class Pretrainer:
             if self.is_main:
                 print("the data, --seed or --max-length has changed: the epoch starts anew", flush=True)
         self.last_saved = self.step if resume.parent == self.run_dir else -1
+        # DeepSpeed loses buffers where the number of ranks changes.
+        fill_counts(self.engine.module, directory_weights(resume / "model"))
         restore_pool_uses(self.engine.module, state.get("pool_uses", []))
+        if self.own_answers is not None and (resume / OWN_ANSWERS).exists():
+            self.own_answers.load(resume / OWN_ANSWERS)
         own = resume / f"rank-{self.ranks.rank}.pt"
         if own.exists() and state["world_size"] == self.ranks.world_size:
             set_random_state(torch.load(own, weights_only=False))

@@ -34,19 +34,22 @@ class StepResult:
 def train_step(engine, microbatches: list[Batch]) -> StepResult:
     """Forward and backward of every microbatch, then the update.
 
-    The loss of the step is a sum over its target tokens divided by their global number N. DeepSpeed averages
-    gradients over W ranks, so rank r contributes W · Σ_{its targets} CE / N and the average is the exact
-    gradient of Σ_{all targets} CE / N, whatever the split into ranks and microbatches. `scale_wrt_gas=False`
-    because N already counts every microbatch.
+    The loss of the step is a sum over its target tokens divided by their global number N (the value head's a sum
+    over labelled steps, the router's over tokens, likewise). DeepSpeed averages gradients over W ranks, so rank r
+    contributes W · Σ_{its targets} CE / N and the average is the exact gradient of Σ_{all targets} CE / N,
+    whatever the split into ranks and microbatches. `scale_wrt_gas=False` because N already counts every
+    microbatch.
 
     A microbatch whose loss is not finite on some rank is left out on all of them. If a later one fails when
     gradients have begun to accumulate, an empty batch takes its place, because DeepSpeed reduces gradients in
     the last backward; if every one fails, the step is not applied.
     """
     device = engine.device
-    counts = torch.tensor([[count_targets(b), count_tokens(b)] for b in microbatches]).sum(0).to(device)
+    counts = torch.tensor([[count_targets(b), count_tokens(b), count_values(b)] for b in microbatches])
+    counts = counts.sum(0).to(device)
     dist.all_reduce(counts)
-    num_targets, num_tokens = counts.tolist()
+    num_targets, num_tokens, num_values = counts.tolist()
+    whole = {"num_targets": num_targets, "num_tokens": num_tokens, "num_value_labels": num_values}
     keys = ("loss_sum", "targets", "tokens", "balance", "z", "entropy")
     sums = {key: torch.zeros((), dtype=torch.float64, device=device) for key in keys}
     load_LE, grad_norm, started, applied = None, None, False, False
@@ -55,7 +58,7 @@ def train_step(engine, microbatches: list[Batch]) -> StepResult:
         engine.set_gradient_accumulation_boundary(is_last)
         targets, tokens = count_targets(batch), count_tokens(batch)
         batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-        output = engine(**batch, num_targets=num_targets, num_tokens=num_tokens)
+        output = engine(**batch, **whole)
         if finite_everywhere(output.loss):
             sums["loss_sum"] += output.loss_sum.detach()
             sums["targets"] += targets
@@ -70,7 +73,7 @@ def train_step(engine, microbatches: list[Batch]) -> StepResult:
         elif not started:
             continue
         else:
-            output = engine(**empty_like(batch), num_targets=num_targets, num_tokens=num_tokens)
+            output = engine(**empty_like(batch), **whole)
         started = True
         engine.backward(output.loss * dist.get_world_size(), scale_wrt_gas=False)
         if is_last:
@@ -88,7 +91,9 @@ def train_step(engine, microbatches: list[Batch]) -> StepResult:
 
 
 def count_targets(batch: Batch) -> int:
-    """Targets of a batch; position 0 has nothing to be predicted from."""
+    """Targets of a batch: those after its traces, if it has any. Position 0 has nothing to be predicted from."""
+    if "ahead_labels" in batch:
+        return int((batch["ahead_labels"] != -100).sum())
     return int((batch["labels"][:, 1:] != -100).sum())
 
 
@@ -97,9 +102,14 @@ def count_tokens(batch: Batch) -> int:
     return int((batch["document_ids"] > 0).sum())
 
 
+def count_values(batch: Batch) -> int:
+    """Labelled ends of steps, for a value head."""
+    return int((batch["value_labels"] != -100).sum()) if "value_labels" in batch else 0
+
+
 def empty_like(batch: Batch) -> Batch:
     """A batch of the same shape without tokens and targets."""
-    return {key: torch.full_like(value, -100 if key == "labels" else 0) for key, value in batch.items()}
+    return {key: torch.full_like(x, -100 if key.endswith("labels") else 0) for key, x in batch.items()}
 
 
 def finite_everywhere(loss: Tensor) -> bool:

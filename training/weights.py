@@ -23,7 +23,9 @@ from experts.placement import Placement, ordinary_placement
 from training.config import UserError
 
 SHARD_BYTES = 2 << 30
+BIASES = "gate.nudges_E"  # of routers: not parameters, but part of a model; 0 where a model has had none
 _COMPONENT = re.compile(r"(^|\.)(memory|cache|value_head)\.")
+_TWIN = "cache.copy."  # a coprocessor that begins as a copy of the model
 _EXPERT = re.compile(r"^(.*\.mlp\.experts)\.(gate_proj|up_proj|down_proj)$")
 
 # (exported name, shape, first expert of a page or None) -> values, any float dtype, on CPU
@@ -34,7 +36,7 @@ def initial_weights(seed: int, std: float) -> Source:
     """Norms 1, matrices normal: each matrix, and each expert of a bank, from its own generator.
 
     Biases and the projections by which components add to the residual stream, `out_proj`, are 0: a new component
-    changes nothing until it is trained.
+    changes nothing until it is trained. Convolutions over t tokens have variance 1/t.
     """
 
     def draw(key: str, shape: torch.Size) -> Tensor:
@@ -42,15 +44,23 @@ def initial_weights(seed: int, std: float) -> Source:
         return torch.empty(shape).normal_(std=std, generator=torch.Generator().manual_seed(state))
 
     def source(name: str, shape: torch.Size, first: int | None) -> Tensor:
+        name = original_of(name)
         if name.endswith(("norm.weight", "layernorm.weight")):
             return torch.ones(shape)
-        if name.endswith(("bias", "out_proj.weight")):
+        if name.endswith(("bias", "out_proj.weight", BIASES)):
             return torch.zeros(shape)
+        if name.endswith("conv.weight"):
+            return draw(name, shape) * (shape[1] ** -0.5 / std)
         if _EXPERT.match(name):
             return torch.stack([draw(f"{name}/{(first or 0) + row}", shape[1:]) for row in range(shape[0])])
         return draw(name, shape)
 
     return source
+
+
+def original_of(name: str) -> str:
+    """The tensor of the model that a copy of it begins with; any other name as it is."""
+    return f"model.{name.removeprefix(_TWIN)}" if name.startswith(_TWIN) else name
 
 
 def directory_weights(directory: Path, new_components: Source | None = None) -> Source:
@@ -80,6 +90,10 @@ def directory_weights(directory: Path, new_components: Source | None = None) -> 
         return file_of(name).get_tensor(name)
 
     def source(name: str, shape: torch.Size, first: int | None) -> Tensor:
+        if new_components and name not in files and name.startswith(_TWIN):
+            return source(original_of(name), shape, first)
+        if name.endswith(BIASES) and name not in files:
+            return torch.zeros(shape)
         if new_components and name not in files and _COMPONENT.search(name):
             return new_components(name, shape, first)
         match = _EXPERT.match(name)
@@ -109,11 +123,17 @@ def directory_weights(directory: Path, new_components: Source | None = None) -> 
     return source
 
 
-def model_weights(model: nn.Module) -> Source:
-    """The weights of a resident model in memory."""
+def model_weights(model: nn.Module, new_components: Source | None = None) -> Source:
+    """The weights of a resident model in memory; `new_components` as in `directory_weights`."""
     state = model.state_dict()
 
     def source(name: str, shape: torch.Size, first: int | None) -> Tensor:
+        if new_components and name not in state and name.startswith(_TWIN):
+            return source(original_of(name), shape, first)
+        if name.endswith(BIASES) and name not in state:
+            return torch.zeros(shape)
+        if new_components and name not in state and _COMPONENT.search(name):
+            return new_components(name, shape, first)
         value = state[name] if first is None else state[name][first : first + shape[0]]
         return value.cpu()
 
@@ -132,21 +152,29 @@ def gathered(parameter: nn.Parameter, modifier_rank: int | None = None):
 
 @torch.no_grad()
 def fill(model: nn.Module, source: Source) -> None:
-    """Give every parameter its value from `source`, one at a time; counts start at 0. Collective under ZeRO-3."""
+    """Give every parameter its value from `source`, one at a time, then `fill_counts`. Collective under ZeRO-3."""
     for name, parameter in model.named_parameters():
         with gathered(parameter, modifier_rank=0):
             if parameter.numel() == 0:  # partitioned and this rank does not modify
                 continue
             exported, first = canonical(name, parameter.shape)
             parameter.copy_(source(exported, parameter.shape, first))
-    for count in model.buffers():
-        count.zero_()
+    fill_counts(model, source)
     placement_of(model).fill(source)
+
+
+def fill_counts(model: nn.Module, source: Source) -> None:
+    """Biases of routers from `source`; counts that belong to a run start at 0."""
+    for name, count in model.named_buffers():
+        if name.endswith(BIASES):
+            count.copy_(source(name, count.shape, None))
+        else:
+            count.zero_()
 
 
 @torch.no_grad()
 def exported_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(exported name, CPU tensor) of every parameter, pages joined into banks; collective under ZeRO-3.
+    """(exported name, CPU tensor) of every parameter and bias, pages joined into banks; collective under ZeRO-3.
 
     Holds one layer's pages at a time.
     """
@@ -163,6 +191,7 @@ def exported_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         else:
             pages.setdefault(exported, []).append(tensor)
     yield from ((bank, torch.cat(parts)) for bank, parts in pages.items())
+    yield from ((name, count.cpu()) for name, count in model.named_buffers() if name.endswith(BIASES))
     yield from placement_of(model).tensors()
 
 

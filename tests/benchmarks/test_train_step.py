@@ -22,6 +22,7 @@ def bench(tmp_path, *flags):
 @pytest.mark.slow
 def test_measures_every_cell_and_writes_the_result(tmp_path):
     flags = ("--device", "cpu", "--steps", "1", "--batch-size", "1", "--max-length", "32")
+    flags += ("--kernels", "auto")
     result, text = bench(tmp_path, *flags, "--placement", "resident", "zero3", "nowhere")
     assert "--placement resident zero3" in result["command"] and "no GPU" in result["gpu"]
     assert result["versions"]["torch"] and result["versions"]["deepspeed"]
@@ -29,7 +30,11 @@ def test_measures_every_cell_and_writes_the_result(tmp_path):
     assert "--placement must be one of" in failed["error"] and "step_s" not in failed
     assert [row["placement"] for row in rows] == ["resident", "zero3"]
     assert [row["json"] for row in rows] == ["cpu.json", "cpu_zero3.json"]
+    assert failed["kernels"] == "auto"
     for row in rows:
+        assert row["kernels"].startswith(
+            "plain PyTorch (kernels need an NVIDIA GPU"
+        )  # what ran, not what was asked
         assert row["tokens_per_s"] == pytest.approx(32 / row["step_s"])
         assert 0.1 < row["host_rss_gb"] < 4 and "gpu_allocated_gb" not in row
     assert result["goals"] == []  # they are about GPU memory

@@ -7,8 +7,9 @@ import torch
 
 import experts.page
 from experts import canonical, default_page_size
-from experts.page import ExpertPage, Groups, grouped_matmul, has_grouped_gemm
+from experts.page import ExpertPage, Groups, grouped_matmul, has_grouped_gemm, triton_grouped_gemm
 from experts.placement import ordinary_placement
+from kernels import dispatch
 from kernels.reference import Routing, route
 from model.moe import moe_loop
 
@@ -142,6 +143,76 @@ def test_grouped_gemm_equals_the_loop_in_bf16(monkeypatch, placement, page_size,
     oracle_grads = [weight.grad for weight in stacked]
     for mine, oracle in zip((*found, *grads), (*expected, *oracle_grads), strict=True):
         assert torch.isfinite(mine).all()
+        error = (mine.float() - oracle.float()).norm() / oracle.float().norm().clamp(min=1e-6)
+        assert error < 2e-2, error.item()
+
+
+def test_which_library_multiplies_on_which_gpu(monkeypatch):
+    """With the capability given, for rows that only say that they are on a GPU."""
+    found = {}
+    try:
+        for capability in ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0)):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, given=capability: given)
+            monkeypatch.setattr("deepspeed.ops.triton_ops.is_triton_available", lambda: True)
+            for kernels in ("auto", "reference"):
+                dispatch.use(kernels)
+                for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                    rows = SimpleNamespace(is_cuda=True, dtype=dtype, device=None)
+                    triton = triton_grouped_gemm(rows)
+                    found[capability, kernels, dtype] = (has_grouped_gemm(rows), triton is not None)
+        rows = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=None)
+        dispatch.use("auto")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        assert triton_grouped_gemm(rows) is None
+    finally:
+        dispatch.use("reference")
+    for (capability, kernels, dtype), (torchs, triton) in found.items():
+        assert torchs == (capability >= (9, 0) and dtype == torch.bfloat16)
+        assert triton == (capability[0] == 8 and kernels == "auto" and dtype != torch.float32)
+    assert triton_grouped_gemm(torch.ones(2, 2)) is None
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_the_triton_gemm_gets_weights_as_they_lie(monkeypatch, transposed):
+    """Instead of DeepSpeed's, which a CPU cannot run, its contract: contiguous weights, [R, I, O] or trans_b."""
+
+    def contract(rows_NI, weight, ends_R, trans_b=False):
+        assert weight.is_contiguous() and ends_R.dtype == torch.int32
+        sizes = ends_R.diff(prepend=ends_R.new_zeros(1)).tolist()
+        weight_RIO = weight.transpose(1, 2) if trans_b else weight
+        return torch.cat([rows @ w for rows, w in zip(rows_NI.split(sizes), weight_RIO, strict=True)]) + 100
+
+    generator = torch.Generator().manual_seed(0)
+    rows, groups = torch.randn(5, 4, generator=generator), Groups(torch.tensor([2, 0, 3]))
+    wide = torch.randn(3, 2, 6, 4, generator=generator)
+    for weight, is_taken in ((wide[:, 0].contiguous(), True), (wide[:, 0], False)):  # the second: a slot's
+        weight_RIO = weight.transpose(1, 2) if transposed else weight.transpose(1, 2).contiguous()
+        expected = grouped_matmul(rows, weight_RIO, groups)
+        with monkeypatch.context() as patched:
+            patched.setattr(experts.page, "triton_grouped_gemm", lambda rows: contract)
+            found = grouped_matmul(rows, weight_RIO, groups)
+        torch.testing.assert_close(found - 100 * (is_taken or not transposed), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spread", SPREADS)
+def test_the_triton_gemm_equals_the_loop(spread):
+    logits, num_active = SPREADS[spread]
+    hidden = torch.randn(len(logits), WIDTH * 8, device="cuda", dtype=torch.bfloat16)
+    if torch.cuda.get_device_capability()[0] != 8:
+        pytest.skip("DeepSpeed's Triton GEMM is for compute capability 8")
+    bank, _, stacked = bank_of("resident", None, torch.bfloat16, "cuda", 8)
+    expected = run(
+        lambda hidden, routing: moe_loop(hidden, routing, *stacked), hidden, logits.cuda(), num_active
+    )
+    dispatch.use("auto")
+    try:
+        found = run(bank, hidden, logits.cuda(), num_active)
+    finally:
+        dispatch.use("reference")
+    grads = [getattr(bank, name).grad for name in PROJECTIONS], [weight.grad for weight in stacked]
+    for mine, oracle in zip((*found, *grads[0]), (*expected, *grads[1]), strict=True):
         error = (mine.float() - oracle.float()).norm() / oracle.float().norm().clamp(min=1e-6)
         assert error < 2e-2, error.item()
 

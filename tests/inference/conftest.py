@@ -65,6 +65,33 @@ def checkpoint(tmp_path_factory, byte_tokenizer) -> Path:
 
 
 @pytest.fixture(scope="session")
+def give_head():
+    """A function that copies final_model/ of a run into another directory with a new value head."""
+
+    def copy(run: Path, target: Path, **fields) -> Path:
+        from dataclasses import asdict
+
+        import torch
+
+        from model import PragnosiaForCausalLM
+        from model.components import TreeConfig
+        from training.checkpoint import load_config, load_tokenizer_for
+        from training.export import export_model
+        from training.weights import directory_weights, fill, initial_weights
+
+        config = load_config(run / "final_model")
+        tokenizer = load_tokenizer_for(run / "final_model", config)
+        config.tree = asdict(TreeConfig(hidden_size=config.hidden_size, **fields))
+        model = PragnosiaForCausalLM(config).eval()
+        fill(model, directory_weights(run / "final_model", initial_weights(0, 0.02)))
+        torch.nn.init.normal_(model.value_head.out_proj.weight, generator=torch.Generator().manual_seed(0))
+        export_model(model, tokenizer, target / "final_model", export_format="pragnosia", write=True)
+        return target
+
+    return copy
+
+
+@pytest.fixture(scope="session")
 def loaded(checkpoint):
     """(model, tokenizer) of the checkpoint, fp32 on CPU."""
     import torch

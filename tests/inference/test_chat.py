@@ -268,6 +268,48 @@ def test_ctrl_c_with_two_ranks_stops_only_the_answer(checkpoint, tmp_path) -> No
     assert terminal.end() == 0
 
 
+@pytest.fixture(scope="module")
+def thinker(checkpoint, give_head, tmp_path_factory) -> Path:
+    return give_head(checkpoint, tmp_path_factory.mktemp("thinker"), max_thought_tokens=4, beam_width=3)
+
+
+QUESTIONS = "/tree\n/think 2\nhello\n/tree\n/params\n/think off\nhello\n/think 0\n/think on\n"
+
+
+@pytest.mark.slow
+def test_thinking_answers_in_one_line_and_shows_path_and_tree(thinker, tmp_path) -> None:
+    result = pipe(thinker, QUESTIONS, "--max-length", "10", "--temperature", "0", cwd=tmp_path)
+    searched, plain = result.stdout.decode().splitlines()
+    said = result.stderr.decode().splitlines()
+    assert searched and plain and "error: there is no tree: turn the search on" in said[0]
+    begun = said.index("Answers are searched for: 2 paths, 4 steps tried after each.")
+    ended = said.index("Answers are written straight on.")
+    assert "thinking 2" in said[ended - 2]
+    path, tree = [], []
+    for line in said[begun + 1 : ended - 2]:  # of random bytes: a line may be the rest of another
+        (tree if line[4:].lstrip()[:1] in ("*", ".") or line.startswith("  ") else path).append(line)
+    assert path and tree and sum(" * " in line for line in tree) >= 1
+    assert "error: /think takes on, off or a number of paths, not '0'" in said
+    assert said[-1] == "Answers are searched for: 3 paths, 6 steps tried after each."
+
+
+def test_thinking_without_a_value_head_is_one_line(checkpoint, tmp_path) -> None:
+    result = pipe(checkpoint, "/think on\nhello\n", "--max-length", "4", cwd=tmp_path)
+    assert (
+        "error: this model has no value head: train one with --use-tree-of-thoughts" in result.stderr.decode()
+    )
+    assert result.stdout.count(b"\n") == 1
+
+
+@pytest.mark.slow
+def test_two_ranks_think_the_same(thinker, tmp_path) -> None:
+    flags = ("--max-length", "10", "--temperature", "0", "--precision", "fp32")
+    asked = "/think 2\nhello\n/think off\nhello\n"
+    one = pipe(thinker, asked, *flags, cwd=tmp_path)
+    two = pipe(thinker, asked, *flags, "--num-gpus", "2", cwd=tmp_path)
+    assert two.returncode == 0 and two.stdout == one.stdout and one.stdout.count(b"\n") == 2
+
+
 @pytest.mark.parametrize(
     ("flags", "line"),
     [

@@ -184,6 +184,25 @@ def test_code_runs_only_when_asked(taught, tmp_path) -> None:
     assert [e["family"] for e in results["examples"]] == ["reasoning", "reasoning", "code"]
 
 
+@pytest.mark.slow
+def test_searches_are_measured_beside_greedy_answers(taught, give_head, tmp_path) -> None:
+    """What a model knows by heart every search finds, most of it at least, with more tokens."""
+    give_head(taught, tmp_path, max_thought_tokens=16, beam_width=2, max_depth=2, temperature=0.05)
+    for name in TAUGHT:
+        (tmp_path / name).write_text((taught / name).read_text())
+    results = evaluate(tmp_path, tmp_path, "--tree")
+    rows = {row["search"]: row for row in results["searches"]}
+    assert list(rows) == ["greedy", "likelihood beam 2x4", "best of 8", "tree 2x4"]
+    assert (
+        rows["greedy"]["exact_match"]
+        == results["results"]["reasoning"]["exact_match"]
+        == pytest.approx(6 / 9)
+    )
+    assert min(row["exact_match"] for row in rows.values()) > 0.5  # a head that is not trained may mislead
+    assert rows["greedy"]["answers"] == 9 and rows["best of 8"]["tokens"] > 7 * rows["greedy"]["tokens"]
+    assert all(f"{row['tokens']:.4f}" in results["printed"] for row in rows.values())
+
+
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
@@ -193,13 +212,15 @@ def test_code_runs_only_when_asked(taught, tmp_path) -> None:
         (("--output-file", "/nowhere/results.json"), "--output-file /nowhere/results.json: the directory"),
         (("--dataset", "nothing.jsonl"), "nothing.jsonl"),
         (("--checkpoint", "nothing"), "--checkpoint nothing: no such run"),
+        (("--tree",), "this model has no value head: train one with --use-tree-of-thoughts"),
     ],
 )
 def test_wrong_flags(taught, tmp_path, flags, line) -> None:
     given = {"--checkpoint": str(taught), "--dataset": str(taught / "tasks.jsonl"), "--device": "cpu"}
-    given.update([flags])
+    given.update([flags] if len(flags) == 2 else [])
+    words = [*(word for pair in given.items() for word in pair), *(flags if len(flags) == 1 else ())]
     result = subprocess.run(
-        [sys.executable, str(REPOSITORY / "eval_ds.py"), *(word for pair in given.items() for word in pair)],
+        [sys.executable, str(REPOSITORY / "eval_ds.py"), *words],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,

@@ -40,7 +40,7 @@ def test_shapes_that_registers_do_not_hold(shape):
 
 def test_what_is_asked_for():
     dispatch.use("reference")
-    assert dispatch.describe(CPU, 8, 2, 64) == "plain PyTorch (the default)"
+    assert dispatch.describe(CPU, 8, 2, 64) == "plain PyTorch (kernels are not asked for)"
     dispatch.use("triton")
     with pytest.raises(ValueError, match="no Triton kernels: kernels need an NVIDIA GPU"):
         dispatch.route(torch.zeros(3, 4), 2)
@@ -86,10 +86,12 @@ def check_forced_kernels(device: str) -> None:
 
 def check_model(device: str) -> None:
     """Outputs, statistics and gradients of a model with the kernels equal those with plain PyTorch."""
-    for routing in ("token", "step"):
-        config = preset_config("tiny", num_hidden_layers=2, vocab_size=64, routing=routing)
+    for options in ({"router_bias": True}, {"routing": "step"}):
+        config = preset_config("tiny", num_hidden_layers=2, vocab_size=64, **options)
         start = PragnosiaForCausalLM(config).to(device)
         torch.manual_seed(0)
+        for counts in start.buffers():
+            counts.random_(-100, 100)
         ids = torch.randint(1, 64, (2, 12)).to(device)
         documents = torch.tensor([[1] * 12, [1] * 4 + [2] * 6 + [0] * 2]).to(device)
         found = {}

@@ -1,4 +1,6 @@
-"""Properties of routing and permutation for any logits."""
+"""Properties of routing and permutation for any logits, and a readable loop that must agree."""
+
+import math
 
 import pytest
 import torch
@@ -83,6 +85,105 @@ def test_allowed_experts_that_are_next_to_impossible_still_share_the_token():
     torch.testing.assert_close(routing.weights_TK, torch.tensor([[2.0, 1.0]]).softmax(-1))
     routing.weights_TK[0, 0].backward()
     assert logits_TE.grad[0, [1, 3]].abs().min() > 0.1 and not logits_TE.grad[0, [0, 2]].any()
+
+
+def routed_by_hand(logits, num_active, renormalise, allowed, bias, scores, scale):
+    """(ids, weights) of one token in Python's own numbers."""
+    experts = range(len(logits))
+    if scores == "sigmoid":
+        score = [1 / (1 + math.exp(-x)) for x in logits]
+    else:
+        total = sum(math.exp(x) for x in logits)
+        score = [math.exp(x) / total for x in logits]
+    wish = list(logits) if bias is None else [score[e] + bias[e] for e in experts]
+    ids = sorted((e for e in experts if allowed is None or allowed[e]), key=lambda e: (-wish[e], e))
+    ids = ids[:num_active]
+    total = sum(score[e] for e in ids) if renormalise else 1.0
+    return ids, [scale * score[e] / total for e in ids]
+
+
+@st.composite
+def options(draw, experts: int, num_active: int):
+    """Further arguments of `route`, and the same for each of 20 tokens by hand. Coarse biases give ties."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    order = torch.rand(20, experts, generator=generator).argsort(1)
+    pools = order < draw(st.integers(num_active, experts))
+    allowed = draw(st.sampled_from([None, pools[0], pools]))
+    bias = torch.randn(experts, generator=generator) * draw(st.sampled_from([0.0, 0.01, 1.0]))
+    bias = draw(st.sampled_from([None, bias, bias.round()]))
+    scores, scale = draw(st.sampled_from(["softmax", "sigmoid"])), draw(st.sampled_from([1.0, 2.5]))
+    return allowed, bias, scores, scale
+
+
+@given(st.data(), st.integers(1, 20), st.integers(1, 9), st.booleans(), st.sampled_from([0.0, 0.5, 3.0]))
+@settings(max_examples=150)
+def test_every_kind_of_score_and_choice_against_a_loop(data, tokens, experts, renormalise, spread):
+    num_active = data.draw(st.integers(1, experts))
+    allowed, bias, scores, scale = data.draw(options(experts, num_active))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1)))
+    logits_TE = (spread * torch.randn(tokens, experts, generator=generator) * 4).round() / 4  # with ties
+    if allowed is not None and allowed.dim() == 2:
+        allowed = allowed[:tokens]
+    routing, _ = route(logits_TE, num_active, renormalise, None, allowed, bias, scores, scale)
+    for token, logits in enumerate(logits_TE.tolist()):
+        mine = allowed if allowed is None or allowed.dim() == 1 else allowed[token]
+        by_hand = (mine if mine is None else mine.tolist(), bias if bias is None else bias.tolist())
+        ids, weights = routed_by_hand(logits, num_active, renormalise, *by_hand, scores, scale)
+        assert routing.ids_TK[token].tolist() == ids
+        assert routing.weights_TK[token].tolist() == pytest.approx(weights, rel=1e-5)
+
+
+def test_weights_where_every_chosen_score_is_zero_in_fp32():
+    logits = [[-200.0, -201.0, -203.0]]
+    for scores in ("softmax", "sigmoid"):
+        row = (
+            [*logits[0], 0.0] if scores == "softmax" else logits[0]
+        )  # one that takes all, and is not allowed
+        allowed = [True] * 3 + [False] * (len(row) - 3)
+        ids, weights = routed_by_hand(row, 2, True, allowed, None, scores, 1.0)
+        routing, _ = route(torch.tensor([row]), 2, allowed=torch.tensor(allowed), scores=scores)
+        assert routing.ids_TK[0].tolist() == ids == [0, 1]
+        assert routing.weights_TK[0].tolist() == pytest.approx(weights, rel=1e-5)
+
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("row", "arguments", "ids"),
+    [
+        ([1.0, NAN, 9.0, NAN, 3.0], {}, [1, 3, 2]),
+        ([1.0, NAN, 9.0, NAN, 3.0], {"allowed": torch.tensor([1, 0, 1, 0, 1]).bool()}, [2, 4, 0]),
+        # One logit that is no number spoils the whole softmax, and its own sigmoid alone.
+        ([1.0, NAN, 9.0, 8.0, 3.0], {"bias_E": torch.zeros(5)}, [0, 1, 2]),
+        ([1.0, NAN, 9.0, 8.0, 3.0], {"bias_E": torch.zeros(5), "scores": "sigmoid"}, [1, 2, 3]),
+        ([0.0, -0.0, 0.0, -0.0, -1.0], {}, [0, 1, 2]),
+        ([-math.inf, 1.0, -math.inf, 0.0, -math.inf], {}, [1, 3, 0]),
+    ],
+)
+def test_what_is_no_number_comes_first_and_of_equals_the_lowest(row, arguments, ids):
+    plain = [0.5, 0.1, 0.4, 0.2, 0.3]
+    routing, statistics = route(torch.tensor([plain, row]), 3, **arguments)
+    alone, _ = route(torch.tensor([plain]), 3, **arguments)
+    assert routing.ids_TK[1].tolist() == ids
+    assert torch.equal(routing.ids_TK[0], alone.ids_TK[0])
+    assert torch.equal(routing.weights_TK[0], alone.weights_TK[0])
+    assert routing.counts_E.sum() == 6 and statistics.z_sum.isnan() == any(map(math.isnan, row))
+    assert routing.weights_TK[1].isnan().any() == any(math.isnan(row[e]) for e in ids)
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize("scores", ["softmax", "sigmoid"])
+def test_gradients_of_every_kind_of_score(scores, renormalise):
+    generator = torch.Generator().manual_seed(3)
+    logits_TE = torch.randn(4, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    valid_T, bias_E = torch.tensor([True, True, False, True]), torch.randn(5, generator=generator)
+
+    def differentiable(logits_TE):
+        routing, statistics = route(logits_TE, 2, renormalise, valid_T, None, bias_E, scores, 2.5)
+        return routing.weights_TK, statistics.balance_sum, statistics.z_sum
+
+    assert torch.autograd.gradcheck(differentiable, (logits_TE,))
 
 
 @given(routed())

@@ -4,13 +4,14 @@ usage: layouts.py LAYOUTS.json OUT.pt — a list of layouts in, a list of result
 
 A layout is a dictionary: `stage`, and what differs from one rank's plain fp32 run: `placement`, `page_size`,
 `slots`, `state`, `offload` (cpu, optimizer, or a directory for nvme), `precision`, `accumulation`, `clip`,
-`checkpointing`, `z`, `router`, `pool`, `steps` (numbers of the batches trained on), `poisoned` and `emptied`
-(lists of [step, row]); with `plain` it is PyTorch alone.
+`checkpointing`, `z`, `router`, `pool`, `memory` (the window of the layer that has one), `steps` (numbers of the
+batches trained on), `poisoned` and `emptied` (lists of [step, row]); with `plain` it is PyTorch alone.
 """
 
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from experts import canonical
 from experts.placement import ordinary_placement
 from kernels.reference import inverse
 from model import PragnosiaForCausalLM
+from model.components import MemoryConfig
 from model.presets import preset_config
 from training import deepspeed_config
 from training.config import TrainingArguments
@@ -35,7 +37,14 @@ from training.weights import exported_tensors, fill, initial_weights
 
 VOCAB, LENGTH, ROWS, STEPS = 64, 24, 4, 20
 RATE = 3e-3
-SOURCE = initial_weights(0, 0.05)
+DRAWN = initial_weights(0, 0.05)
+
+
+def SOURCE(name: str, *rest) -> torch.Tensor:
+    """Initial weights, but a memory whose output is not 0: all of it has gradients from the first step on."""
+    return DRAWN(name.replace("out_proj", "outward"), *rest)
+
+
 POISON = 1  # a token whose embedding `poison` makes NaN; no batch has it of itself
 
 
@@ -89,10 +98,15 @@ def completed_config(layout: dict, args: TrainingArguments, ranks, directory: Pa
 
 
 def model_config(layout: dict):
+    memory = None
+    if "memory" in layout:
+        sizes = {"memory_size": 16, "head_dim": 8, "num_memory_layers": 1, "chunk_size": 8, "dropout": 0.0}
+        memory = asdict(MemoryConfig(hidden_size=32, window=layout["memory"], **sizes))
     return preset_config(
         "tiny", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, moe_intermediate_size=16, head_dim=8,
         router_aux_loss_coef=0.0, router_z_loss_coef=layout.get("z", 0.01),
         routing="step" if "pool" in layout else "token", expert_pool=layout.get("pool"),
+        memory=memory,
     )  # fmt: skip
 
 

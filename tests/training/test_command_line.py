@@ -74,6 +74,8 @@ def test_every_field_is_set_by_its_flag(settings, name):
         words = ["--model-size=custom", "--num-experts=8", "--hidden-size=3", "--num-layers=3"]
     if name == "expert_pool":
         words += ["--routing=step"]
+    if name == "cache_joint":
+        words += ["--stage=cache"]
     if name == "expert_vram":
         value, words = "3GB", ["--expert-vram=3GB"]
     if name in ("expert_store", "nvme_path", "expert_ram"):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qw
 
 from experts.placement import ordinary_placement
 from model import PragnosiaConfig, PragnosiaForCausalLM
+from model.components import CacheConfig, MemoryConfig
 from training.checkpoint import load_config, load_model
 from training.config import UserError
 from training.export import export_model, from_qwen3_moe, probe_logits, to_qwen3_moe, verify_export
@@ -24,6 +26,10 @@ SHAPES = {
     "no renormalisation, another rotary base": {"norm_topk_prob": False, "rope_theta": 1e6},
 }
 PLACEMENTS = [("resident", None), ("zero3", 2)]
+MEMORY = asdict(
+    MemoryConfig(hidden_size=32, memory_size=16, head_dim=8, num_memory_layers=1, dropout=0.0, window=3)
+)
+CACHE = asdict(CacheConfig(hidden_size=32, num_heads=4, num_latents=3, coprocessor="lora"))
 CPU = torch.device("cpu")
 IDS = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8], [9, 7, 9, 3, 2, 3, 8, 4]])
 
@@ -48,6 +54,9 @@ def small_model(
         PragnosiaConfig(**{**fields, **overrides}), ordinary_placement(placement, page_size).build_bank
     )
     fill(model, initial_weights(5, 0.3))
+    for layer in model.model.layers:
+        if layer.memory is not None:
+            torch.nn.init.normal_(layer.memory.out_proj.weight, generator=torch.Generator().manual_seed(5))
     return model.eval()
 
 
@@ -136,14 +145,15 @@ def test_what_the_architecture_has_not_is_named(tmp_path, fields, word):
     assert word in str(error.value) and str(tmp_path) in str(error.value)
 
 
+@pytest.mark.parametrize("memory", [None, MEMORY], ids=["base", "memory"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("placement", "page_size"), PLACEMENTS)
-def test_our_format_loads_inside_the_repository(tokenizer, tmp_path, placement, page_size, dtype):
-    model = small_model(placement, page_size).to(dtype)
+def test_our_format_loads_inside_the_repository(tokenizer, tmp_path, placement, page_size, dtype, memory):
+    model = small_model(placement, page_size, memory=memory).to(dtype)
     directory = exported(model, tokenizer, tmp_path / "m")
     loaded = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
     assert type(loaded) is PragnosiaForCausalLM and loaded.dtype == dtype
-    expected = small_model().to(dtype)(IDS).logits
+    expected = small_model(memory=memory).to(dtype)(IDS).logits
     assert torch.equal(loaded(IDS).logits, expected)
     again, beside = load_model(directory, CPU, dtype)
     assert torch.equal(again(IDS).logits, expected)
@@ -166,6 +176,7 @@ loss = model(ids.input_ids, labels=ids.input_ids).loss
 loss.backward()
 torch.save({
     "logits": model.eval()(torch.tensor(json.loads(ids_as_json))).logits.detach(),
+    "augmented": model(torch.tensor(json.loads(ids_as_json)), augment=model.cache is not None).logits.detach(),
     "answer": answer, "no_cache": no_cache, "loss": loss.detach(),
     "modules": [name for name in ("model", "experts", "kernels", "training") if name in sys.modules],
     "config": AutoConfig.from_pretrained(directory, trust_remote_code=True).num_params(),
@@ -175,8 +186,13 @@ torch.save({
 
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"tie_word_embeddings": False}, {"routing": "step", "expert_pool": 3}],
-    ids=["tied", "untied", "step routing"],
+    [
+        {},
+        {"tie_word_embeddings": False},
+        {"routing": "step", "expert_pool": 3, "memory": MEMORY},
+        {"cache": CACHE},
+    ],
+    ids=["tied", "untied", "step routing and memory", "cache"],
 )
 def test_our_format_loads_outside_the_repository(tokenizer, tmp_path, overrides):
     model = small_model(**overrides)
@@ -193,6 +209,7 @@ def test_our_format_loads_outside_the_repository(tokenizer, tmp_path, overrides)
     found = torch.load(tmp_path / "out.pt")
     assert found["modules"] == []
     assert_equal_logits(found["logits"], model(IDS).logits)
+    assert_equal_logits(found["augmented"], model(IDS, augment=model.cache is not None).logits)
     prompt = torch.tensor([[3, 14, 15, 9], [0, 0, 9, 7]])
     answer = model.generate(prompt, attention_mask=(prompt > 0).long(), max_new_tokens=6, do_sample=False)
     assert torch.equal(found["answer"], answer) and torch.equal(found["no_cache"], answer)

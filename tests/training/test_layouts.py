@@ -62,6 +62,16 @@ STEP_ROUTING = {  # a pool of 3 of the 8 experts, which the ranks choose togethe
     for ranks in (1, 2)
     for name, layout in (*FOUR.items(), ("recompute", {**FOUR["zero3"], "checkpointing": True}))
 }
+MEMORY_REFERENCE = "1 rank, memory, stage 0"
+MEMORY = {  # in one of the two layers, whose attention sees 5 tokens
+    f"{ranks} rank, memory, {name}": {"ranks": ranks, "memory": 5, "steps": [0, 1, 2, 3], **layout}
+    for ranks in (1, 2)
+    for name, layout in (
+        ("stage 0", FOUR["stage 0"]),
+        ("stage 3", FOUR["stage 3"]),
+        ("zero3", {**FOUR["zero3"], "checkpointing": True}),
+    )
+}
 PLAIN = {"plain PyTorch": {"ranks": 1, "plain": True, "steps": list(range(20))}}
 BF16 = {
     f"{ranks} rank, bf16, {name}": {"ranks": ranks, "precision": "bf16", "steps": list(range(10)), **layout}
@@ -134,6 +144,14 @@ STREAMED_STEP_ROUTING = {
     for ranks in (1, 2)
     for name in ("stage 0", "stage 3", "recompute", "one page")
 }  # fmt: skip
+STREAMED_MEMORY_REFERENCE = "1 rank, memory, stage 0, not clipped"
+STREAMED_MEMORY = {
+    STREAMED_MEMORY_REFERENCE: {"ranks": 1, **STREAMED, "placement": "resident", "stage": 0},
+    "2 ranks, streamed, memory, recompute": {"ranks": 2, **STREAMED, **PLACED_STREAMS["recompute"]},
+}
+STREAMED_MEMORY = {
+    name: {**layout, "memory": 5, "steps": [0, 1, 2, 3]} for name, layout in STREAMED_MEMORY.items()
+}
 STREAMED_CLIPPED_REFERENCE = "1 rank, streamed, some experts clipped"
 STREAMED_CLIPPED = {  # without clipping Adam would forgive gradients that are too large by a factor
     STREAMED_CLIPPED_REFERENCE: {"ranks": 1, **STREAMED, "stage": 0, "clip": 0.1},
@@ -173,9 +191,9 @@ STREAMED_NAN = {
 NAN |= STREAMED_NAN
 POISONED = {case: fields for case, (fields, _) in NAN.items()}
 LAYOUTS = {
-    **PLAIN, **EQUAL, **SHORT, **STEP_ROUTING, **BF16, **FORCED, **NAN_REFERENCES, **POISONED,
-    **STREAMED_EQUAL, **STREAMED_CLIPPED, **STREAMED_STEP_ROUTING, **STREAMED_BF16, **STREAMED_FORCED,
-    **STREAMED_NAN_REFERENCES,
+    **PLAIN, **EQUAL, **SHORT, **STEP_ROUTING, **MEMORY, **BF16, **FORCED, **NAN_REFERENCES, **POISONED,
+    **STREAMED_EQUAL, **STREAMED_CLIPPED, **STREAMED_STEP_ROUTING, **STREAMED_MEMORY, **STREAMED_BF16,
+    **STREAMED_FORCED, **STREAMED_NAN_REFERENCES,
 }  # fmt: skip
 
 GRADIENT_TOLERANCE = 1e-5  # relative, a tensor: sums in another order
@@ -267,12 +285,13 @@ def assert_close(found: dict, expected: dict, tolerance: float) -> None:
     assert errors[worst] <= tolerance, f"{worst}: {errors[worst]:.1e}"
 
 
-REFERENCES = (REFERENCE, SHORT_REFERENCE, STEP_REFERENCE)
+REFERENCES = (REFERENCE, SHORT_REFERENCE, STEP_REFERENCE, MEMORY_REFERENCE)
+MATRICES = (EQUAL, SHORT, STEP_ROUTING, MEMORY)
 
 
-@pytest.mark.parametrize("name", [name for name in (*EQUAL, *SHORT, *STEP_ROUTING) if name not in REFERENCES])
+@pytest.mark.parametrize("name", [name for cases in MATRICES for name in cases if name not in REFERENCES])
 def test_layouts_are_equal(results, name):
-    matrix = next(index for index, cases in enumerate((EQUAL, SHORT, STEP_ROUTING)) if name in cases)
+    matrix = next(index for index, cases in enumerate(MATRICES) if name in cases)
     found, expected = results[name], results[REFERENCES[matrix]]
     assert_close(found["gradients"], expected["gradients"], GRADIENT_TOLERANCE)
     assert found["losses"] == pytest.approx(expected["losses"], rel=LOSS_TOLERANCE)
@@ -359,6 +378,11 @@ def assert_streamed_close(found: dict, expected: dict, num_always: int) -> None:
 @pytest.mark.parametrize("name", [name for name in STREAMED_EQUAL if name != STREAMED_REFERENCE])
 def test_streamed_experts_equal_resident_ones(results, name):
     assert_streamed_close(results[name], results[STREAMED_REFERENCE], num_always=7)
+
+
+def test_streamed_experts_beside_a_memory_equal_resident_ones(results):
+    found = results["2 ranks, streamed, memory, recompute"]
+    assert_streamed_close(found, results[STREAMED_MEMORY_REFERENCE], num_always=7)
 
 
 def test_ranks_clip_the_sum_of_their_gradients(results):

@@ -15,6 +15,8 @@ from training.plan import make_plan
 STEPS, BEFORE, MOVED = 40, 26, 39
 FLAGS = ("--load-balance", "bias", "--max-steps", str(STEPS), "--save-steps", "13", "--eval-steps", "50")
 FLAGS += ("--keep-checkpoints", "9")
+# So slow that rounding, which another number of ranks changes, sends no token elsewhere.
+FLAGS += ("--learning-rate", "1e-5", "--local-learning-rate", "1e-5")
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +25,16 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def zero3(tmp_path_factory):
-    path = tmp_path_factory.mktemp("json") / "zero3.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
-    return ("--deepspeed-config", str(path), "--placement", "resident")
+def zero1(tmp_path_factory):
+    """Converted for another number of ranks, which loses buffers."""
+    path = tmp_path_factory.mktemp("json") / "zero1.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    return ("--deepspeed-config", str(path))
 
 
 @pytest.fixture(scope="module")
-def whole(data, zero3, tmp_path_factory):
-    return run(data, tmp_path_factory.mktemp("whole") / "out", *FLAGS, *zero3)[0]
+def whole(data, zero1, tmp_path_factory):
+    return run(data, tmp_path_factory.mktemp("whole") / "out", *FLAGS, *zero1)[0]
 
 
 def nudges(directory) -> torch.Tensor:
@@ -52,19 +55,17 @@ def test_every_step_but_the_last_ones_moves_the_biases(whole):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_resumed_run_goes_on_with_them(data, whole, zero3, tmp_path, ranks):
+def test_a_resumed_run_goes_on_with_them(data, whole, zero1, tmp_path, ranks):
     """To the bit on as many ranks; on another number a step's load is still that of all ranks."""
     copy = shutil.copytree(whole, tmp_path / "out" / whole.name)
     for name in ("final_model", f"checkpoint-{MOVED}", f"checkpoint-{STEPS}"):
         shutil.rmtree(copy / name)
     batch = ("--batch-size", str(2 // ranks))
-    run(data, tmp_path / "out", *FLAGS, *zero3, *batch, "--resume", str(copy), world_size=ranks)
+    run(data, tmp_path / "out", *FLAGS, *zero1, *batch, "--resume", str(copy), world_size=ranks)
     if ranks == 1:
         assert weights(copy / "final_model") == weights(whole / "final_model")
-    # Rounding may send a token elsewhere, and an expert with nearly the mean load the other way.
-    difference = nudges(copy / "final_model") - nudges(whole / "final_model")
-    assert difference.abs().max() <= 2
-    assert losses(copy) == pytest.approx(losses(whole), rel=1e-3)
+    assert torch.equal(nudges(copy / "final_model"), nudges(whole / "final_model"))
+    assert losses(copy) == pytest.approx(losses(whole), rel=1e-5)
 
 
 @pytest.mark.parametrize(

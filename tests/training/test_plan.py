@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
 from experts.budget import device_bytes
 from experts.host_memory import available_bytes
+from model.components import MemoryConfig
 from model.presets import preset_config
 from tests.training.runs import REPOSITORY, environment
+from training.components import COMPONENTS
 from training.config import TrainingArguments, UserError
 from training.plan import Plan, check_host_memory, make_plan
 
@@ -18,6 +21,31 @@ def plan_of(config=None, world_size=1, device="cpu", **settings) -> Plan:
     args = TrainingArguments(**{"placement": "streamed", **settings})
     config = config or preset_config("tiny")
     return make_plan(config, args, size="tiny", max_length=64, device=device, world_size=world_size)
+
+
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_a_component_has_no_qwen3_moe_form(name):
+    flag, kind = COMPONENTS[name]
+    config = preset_config("tiny", **{name: asdict(kind(hidden_size=128))})
+    plan_of(config)
+    with pytest.raises(UserError, match=rf"--export-format qwen3_moe: .* --no-{flag.replace('_', '-')}"):
+        plan_of(config, export_format="qwen3_moe")
+
+
+def test_a_memory_that_the_depth_does_not_allow_is_one_line():
+    memory = MemoryConfig(hidden_size=128, num_memory_layers=4, window=64)
+    with pytest.raises(UserError, match=r"in 4 of 4 layers: .* use --memory-layers 3"):
+        plan_of(preset_config("tiny", memory=asdict(memory)))
+
+
+def test_a_memory_counts_in_the_plan():
+    """Its parameters, and what it keeps for backward, of one layer where activations are recomputed."""
+    memory = asdict(MemoryConfig(hidden_size=128))
+    base, more = (plan_of(preset_config("tiny", memory=m), placement="resident") for m in (None, memory))
+    assert more.config.num_params() - base.config.num_params() == 3 * MemoryConfig(**memory).num_params()
+    assert more.memory.device - base.memory.device > 8 * 64 * 3 * 4 * 5 * 2048
+    recomputed = plan_of(more.config, placement="resident", gradient_checkpointing=True)
+    assert recomputed.memory.device < more.memory.device
 
 
 def test_streamed_experts_fill_their_budget():

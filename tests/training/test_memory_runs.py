@@ -1,0 +1,70 @@
+"""A run gives a base model a memory, goes on where it was stopped, and another run takes the memory away."""
+
+import json
+import shutil
+
+import pytest
+
+from training.checkpoint import load_config
+
+from .runs import command as command_of
+from .runs import finish, run, start, weights, without_shape, write_rows
+
+MEMORY = ("--use-neural-memory", "--memory-size", "32", "--memory-head-dim", "16", "--memory-layers", "1")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+def started_from(origin, data, output, *flags: str) -> tuple:
+    """A run whose shape is that of the run it starts from."""
+    words = without_shape(command_of(data, output, "--init-from", str(origin), *flags))
+    code, text = finish(start(words))
+    assert code == 0, text
+    return next(output.glob("pragnosia_*")), text
+
+
+@pytest.mark.slow
+def test_added_to_a_base_model_resumed_and_taken_away(data, tmp_path):
+    base, _ = run(data, tmp_path / "base", "--max-steps", "1")
+    more = ("--max-steps", "4", "--save-steps", "2", *MEMORY, "--memory-window", "8")
+    remembering, _ = started_from(base, data, tmp_path / "memory", *more)
+    assert load_config(remembering / "final_model").memory["window"] == 8
+    logged = [json.loads(line) for line in (remembering / "metrics.jsonl").read_text().splitlines()]
+    first, *_, last = [row for row in logged if "loss" in row]
+    assert first["neural_memory/read_ratio"] == 0 < last["neural_memory/read_ratio"]  # the second step learns
+    assert 0 < last["neural_memory/beta"] < 1 < last["neural_memory/half_life"]
+
+    stopped = tmp_path / "stopped" / remembering.name
+    shutil.copytree(
+        remembering, stopped, ignore=shutil.ignore_patterns("final_model", "checkpoint-4", "loss.png")
+    )
+    words = without_shape(command_of(data, tmp_path / "stopped", "--resume", str(stopped), *more))
+    code, text = finish(start(words))
+    assert code == 0, text
+    assert weights(stopped / "final_model") == weights(remembering / "final_model")
+
+    flags = ("--no-use-neural-memory", "--max-steps", "1")
+    without, _ = started_from(remembering, data, tmp_path / "without", *flags)
+    assert load_config(without / "final_model").memory is None
+    assert b".memory." not in weights(without / "final_model")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--memory-layers", "3"), ("3 memory layers in a model of 2", "--memory-layers")),
+        (("--memory-layers", "2", "--memory-window", "8"), ("2 of 2 layers", "--memory-layers 1")),
+        (("--memory-size", "100"), ("100 slots", "--memory-size a multiple")),
+        (
+            ("--memory-layers", "1", "--export-format", "qwen3_moe"),
+            ("--export-format", "--no-use-neural-memory"),
+        ),
+    ],
+)
+def test_what_cannot_be_is_one_line(data, tmp_path, flags, words):
+    code, text = finish(start(command_of(data, tmp_path, "--max-steps", "1", *MEMORY[:1], *flags)))
+    (line,) = [line for line in text.splitlines() if line.startswith("error:")]
+    assert code == 2 and all(word in line for word in words), text
