@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import socket
@@ -10,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import cpuinfo
 import deepspeed
 import torch
 from torch import nn
@@ -23,6 +25,9 @@ from training.weights import Source, fill
 
 # DeepSpeed 0.19 calls names that torch 2.13 deprecates, once a collective.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+# DeepSpeed asks for the processor's features twice for each op, and the answer is a process of a second.
+cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 
 ADAM_BETAS = (0.9, 0.95)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

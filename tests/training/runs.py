@@ -102,9 +102,7 @@ class Forked:
 
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(
-    ["training.pretrainer", "matplotlib.backends.backend_agg", "deepspeed.runtime.zero.muon.muon_optimizer"]
-)
+FORKSERVER.set_forkserver_preload(["tests.training.preloaded"])
 
 
 def become(words: list[str], variables: dict[str, str], output: str) -> None:
