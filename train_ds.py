@@ -79,8 +79,10 @@ def starting_point(run: RunArguments):
 
 def asked_components(run: RunArguments, config) -> dict:
     """Name -> configuration of the components that flags add."""
-    from training.components import COMPONENTS, from_arguments
+    from training.components import COMPONENTS, from_arguments, refuse_idle_flags
 
+    for name in COMPONENTS:
+        refuse_idle_flags(name, getattr(run, name), config, run.training)
     return {
         name: from_arguments(name, getattr(run, name), config)
         for name, (flag, _) in COMPONENTS.items()

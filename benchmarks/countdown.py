@@ -41,7 +41,6 @@ class Setup:
 
     numbers: int = 4
     largest: int = 10
-    symbols: str = "+-*/"
     held_out: int = 200
     is_shared: bool = False
     width: int = 128
@@ -61,11 +60,10 @@ SHORT = Setup(
 
 @dataclass(frozen=True)
 class Problem:
-    """Numbers in descending order, the steps there are, and a target that can be reached."""
+    """Numbers in descending order, and a target that can be reached from them."""
 
     numbers: tuple[int, ...]
     target: int
-    symbols: str
 
     @property
     def prompt(self) -> str:
@@ -104,12 +102,12 @@ def result(left: int, symbol: str, right: int) -> int | None:
 
 
 @functools.cache
-def moves(numbers: tuple[int, ...], symbols: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def moves(numbers: tuple[int, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """All legal steps, the larger number first, and what they leave."""
     found = {}
     for i, j in itertools.combinations(range(len(numbers)), 2):
         rest = [n for k, n in enumerate(numbers) if k not in (i, j)]
-        for symbol in symbols:
+        for symbol in "+-*/":
             value = result(numbers[i], symbol, numbers[j])
             if value is not None:
                 left = tuple(sorted([*rest, value], reverse=True))
@@ -123,19 +121,19 @@ def written(left: int, symbol: str, right: int, value: int, rest: Sequence[int])
 
 
 @functools.lru_cache(maxsize=1 << 18)
-def reaches(numbers: tuple[int, ...], target: int, symbols: str) -> bool:
+def reaches(numbers: tuple[int, ...], target: int) -> bool:
     """Whether the target can be made of all the numbers."""
     if len(numbers) == 1:
         return numbers[0] == target
-    return any(reaches(left, target, symbols) for _, left in moves(numbers, symbols))
+    return any(reaches(left, target) for _, left in moves(numbers))
 
 
 def worth(problem: Problem, steps: Sequence[str]) -> list[bool]:
     """For each step whether it and those before it are legal and the target is still within reach."""
     numbers, verdicts = problem.numbers, []
     for step in steps:
-        numbers = None if numbers is None else dict(moves(numbers, problem.symbols)).get(step)
-        verdicts.append(numbers is not None and reaches(numbers, problem.target, problem.symbols))
+        numbers = None if numbers is None else dict(moves(numbers)).get(step)
+        verdicts.append(numbers is not None and reaches(numbers, problem.target))
         numbers = numbers if verdicts[-1] else None
     return verdicts
 
@@ -150,11 +148,11 @@ def steps_of(answer: str) -> list[str]:
     return [step.strip() for step in answer.split("\n") if step.strip()]
 
 
-def walked(rng: random.Random, numbers: tuple[int, ...], symbols: str) -> list[str]:
+def walked(rng: random.Random, numbers: tuple[int, ...]) -> list[str]:
     """Random legal steps to the end."""
     steps = []
     while len(numbers) > 1:
-        step, numbers = rng.choice(moves(numbers, symbols))
+        step, numbers = rng.choice(moves(numbers))
         steps.append(step)
     return steps
 
@@ -163,16 +161,16 @@ def drawn(rng: random.Random, setup: Setup) -> tuple[Problem, list[str]]:
     """A random problem, and the random steps that made it."""
     while True:
         numbers = tuple(sorted((rng.randint(1, setup.largest) for _ in range(setup.numbers)), reverse=True))
-        steps = walked(rng, numbers, setup.symbols)
+        steps = walked(rng, numbers)
         target = int(steps[-1].split(" ")[-1])
         if target >= 10:
-            return Problem(numbers, target, setup.symbols), steps
+            return Problem(numbers, target), steps
 
 
 def mistaken(rng: random.Random, problem: Problem, numbers: tuple[int, ...]) -> str:
     """A step that is not legal: a wrong result (often the one that is wished for), a number that is not there, or
     a wrong list of what is left."""
-    step, left = rng.choice(moves(numbers, problem.symbols))
+    step, left = rng.choice(moves(numbers))
     first, symbol, second, _, value = step.split(" ")[:5]
     first, second, value, rest = int(first), int(second), int(value), list(left)
     rest.remove(value)
@@ -196,10 +194,10 @@ def explored(rng: random.Random, problem: Problem, gold: list[str]) -> list[str]
     steps = gold[: rng.randrange(len(gold))]
     numbers = problem.numbers
     for step in steps:
-        numbers = dict(moves(numbers, problem.symbols))[step]
+        numbers = dict(moves(numbers))[step]
     if rng.random() < 0.5:
         return [*steps, mistaken(rng, problem, numbers)]
-    return [*steps, *walked(rng, numbers, problem.symbols)]
+    return [*steps, *walked(rng, numbers)]
 
 
 # -- the model -----------------------------------------------------------------------------------------------
@@ -274,7 +272,7 @@ def train(setup: Setup, held_out: list[Problem], seed: int, device: str):
     def fresh() -> tuple[Problem, list[str]]:
         if setup.is_shared:
             problem = rng.choice(held_out)
-            return problem, walked(rng, problem.numbers, problem.symbols)
+            return problem, walked(rng, problem.numbers)
         while True:
             problem, gold = drawn(rng, setup)
             if problem not in unseen:

@@ -41,7 +41,7 @@ ASKED, ANSWERS = 32, 4
 
 _NUMBER = r"\d+(?:,\d{3})*(?:\.\d+)?"
 _NUMBERS = re.compile(rf"(?<![\d.])(?:{_NUMBER})(?!\d)")
-_EXPRESSION = re.compile(rf"(?<![\d.)])(?:{_NUMBER})(?:\s*[-+*/]\s*\$?(?:{_NUMBER}))+")
+_EXPRESSION = re.compile(rf"(?<![\d.)])(?:{_NUMBER})(?:\s*[-+*/x×]\s*\$?(?:{_NUMBER}))+")
 _EQUATION = re.compile(rf"({_EXPRESSION.pattern})\s*=\s*\$?({_NUMBER})(?!\d)")
 _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
@@ -184,6 +184,7 @@ def _mistake(
     if kind == "result":
         changed, new = left, _beside(old, rng)
     else:
+        left = plain(left)
         pattern = _NUMBERS if kind == "operand" else re.compile(r"[-+*/]")
         found = rng.choice(list(pattern.finditer(left)))
         if kind == "operand":
@@ -219,12 +220,11 @@ def carried(lines: Sequence[str], renamed: dict[Fraction, Fraction]) -> list[str
 
 def rewritten(line: str, left: str, new_left: str, old: Fraction, new: Fraction) -> str:
     """A line with one side of its equation exchanged for another, wherever it stands, and then the result."""
-    plain, pieces, end, first = re.sub(r"[\s$]", "", left), [], 0, None
+    pieces, end = [], 0
     for found in _EXPRESSION.finditer(line):
-        if re.sub(r"[\s$]", "", found[0]) == plain:
-            first = found.start() if first is None else first
-            spaced = re.sub(r"\s*([-+*/])\s*", r" \1 " if " " in found[0] else r"\1", new_left)
-            pieces += [line[end : found.start()], spaced]
+        if plain(found[0]) == plain(left):
+            text = re.sub(r"([-+*/])", r" \1 " if " " in found[0] else r"\1", plain(new_left))
+            pieces += [line[end : found.start()], text.replace("*", "x") if "x" in found[0] else text]
             end = found.end()
     before, after = "".join(pieces), line[end:]
     after = _NUMBERS.sub(lambda found: spelt(new) if number(found[0]) == old else found[0], after)
@@ -239,7 +239,7 @@ def _beside(value: Fraction, rng: random.Random) -> Fraction:
 
 def calculated(expression: str) -> Fraction | None:
     """The value of numbers joined by + - * /, None where it divides by 0."""
-    parts = re.split(r"([-+*/])", re.sub(r"[\s$]", "", expression))
+    parts = re.split(r"([-+*/])", plain(expression))
     terms, signs = [number(parts[0])], []
     for symbol, text in zip(parts[1::2], parts[2::2], strict=True):
         value = number(text)
@@ -254,6 +254,11 @@ def calculated(expression: str) -> Fraction | None:
     for symbol, term in zip(signs, terms[1:], strict=True):
         total = _OPERATORS[symbol](total, term)
     return total
+
+
+def plain(expression: str) -> str:
+    """An expression without spaces and dollars, with `*` for products."""
+    return re.sub("[x×]", "*", re.sub(r"[\s$]", "", expression))
 
 
 def number(text: str) -> Fraction:

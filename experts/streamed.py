@@ -224,6 +224,7 @@ class StreamedExperts(Placement):
     def build_bank(self, config) -> StreamedBank:
         """The banks in the order of the layers."""
         self.built += 1
+        assert self.built <= self.layers, "one bank a layer"
         return StreamedBank(self, self.built - 1)
 
     def attach(self, engine) -> None:

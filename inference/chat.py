@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FORMATS = {"chat": "chat_template", "code": "task"}
 PROMPT = "you> "
+MOST_PATHS = 64
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what could make a terminal do something
 
 
@@ -91,8 +92,10 @@ class Chat:
             return "Answers are written straight on."
         tree = tree_config(self.engine.model)
         if value != "on":
-            if not value.isdecimal() or not int(value):
-                raise UserError(f"/think takes on, off or a number of paths, not {value!r}")
+            if not value.isdecimal() or not 1 <= int(value) <= MOST_PATHS:
+                raise UserError(
+                    f"/think takes on, off or a number of paths up to {MOST_PATHS}, not {value!r}"
+                )
             tree = dataclasses.replace(tree, beam_width=int(value), branching=None)
         self.thinking = tree
         return f"Answers are searched for: {tree.beam_width} paths, {tree.branching} steps tried after each."

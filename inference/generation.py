@@ -198,37 +198,46 @@ def generate(
     ]
 
 
-COMPONENTS = {"memory": "--use-neural-memory", "cache": "--stage cache --use-cache-augmentation"}
+def generate_enhanced(
+    model: object, tokenizer: object, prompts: Sequence[str], sampling: Sampling | None = None
+) -> list[str]:
+    """Answers on the model's own device, with all its components.
+
+    A model with a value head searches: proposals are drawn as its own search says, and `sampling` has the length
+    and the seed.
+    """
+    sampling = sampling or Sampling()
+    if not model.config.tree:
+        return generate(model, tokenizer, prompts, sampling, device=model.device)
+    from inference.tree_of_thoughts import tree_of_thoughts
+
+    seed = 0 if sampling.temperature == 0 else sampling.seed
+    trees = tree_of_thoughts(model, tokenizer, prompts, max_new_tokens=sampling.max_new_tokens, seed=seed)
+    return [tree.answer for tree in trees]
 
 
 def generate_with(
     model: object,
-    component: str | None,
+    component: str,
     tokenizer: object,
     prompts: Sequence[str],
     sampling: Sampling | None = None,
 ) -> list[str]:
-    """Answers on the model's own device, with all its components: a tree where it has a value head.
-
-    component: memory or cache, which the model must have; these are answers of one path.
+    """`generate` on the model's own device, if it has the component: memory or cache.
 
     Raises:
-        UserError: a model without it.
+        UserError: it has not.
     """
-    has = (
-        latents_every(model) is not None if component == "cache" else component is None or model.config.memory
-    )
-    if not has:
-        raise UserError(f"this model has no {component} component: train it with {COMPONENTS[component]}")
-    sampling = sampling or Sampling()
-    if component is None and model.config.tree:
-        from inference.tree_of_thoughts import tree_of_thoughts
-
-        trees = tree_of_thoughts(
-            model, tokenizer, prompts, max_new_tokens=sampling.max_new_tokens, seed=sampling.seed
+    if component == "memory" and not model.config.memory:
+        raise UserError("this model has no neural memory: train one with --use-neural-memory")
+    if component == "cache" and latents_every(model) is None:
+        raise UserError(
+            "this model reads no latents: train a coprocessor with --stage cache, or raise its retrieval_factor"
         )
-        return [tree.answer for tree in trees]
-    return generate(model, tokenizer, prompts, sampling, device=model.device)
+    return generate(model, tokenizer, prompts, sampling or Sampling(), device=model.device)
+
+
+DRAWN_TOGETHER = 16  # rows of the key-value cache that a training run must have room for
 
 
 def draw_answers(
@@ -237,8 +246,13 @@ def draw_answers(
     """Answers as the model draws them at temperature 1, in the middle of training; all ranks call it together."""
     was_training = engine.training
     engine.eval()
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=1.0, top_p=1.0, seed=seed)
-    answers = generate(engine, tokenizer, prompts, sampling, device=engine.device, agree=follow_rank_zero())
+    answers = []
+    for start in range(0, len(prompts), DRAWN_TOGETHER):
+        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=1.0, top_p=1.0, seed=seed + start)
+        group = prompts[start : start + DRAWN_TOGETHER]
+        answers += generate(
+            engine, tokenizer, group, sampling, device=engine.device, agree=follow_rank_zero()
+        )
     engine.train(was_training)
     return answers
 

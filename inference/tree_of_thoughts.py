@@ -106,7 +106,11 @@ class Thought:
 
     def path(self) -> list[Thought]:
         """The steps from the first to this one."""
-        return [*self.parent.path(), self] if self.parent else []
+        steps, step = [], self
+        while step.parent:
+            steps.append(step)
+            step = step.parent
+        return steps[::-1]
 
     def answer_tokens(self) -> list[int]:
         """All tokens of the path."""
@@ -114,9 +118,11 @@ class Thought:
 
     def descendants(self) -> Iterator[Thought]:
         """All thoughts below this one."""
-        for child in self.children:
-            yield child
-            yield from child.descendants()
+        waiting = self.children[::-1]
+        while waiting:
+            thought = waiting.pop()
+            yield thought
+            waiting += thought.children[::-1]
 
 
 @dataclass

@@ -26,7 +26,7 @@ class AnswerMethods:
 
     def generate_enhanced(self, tokenizer, prompts: list[str], sampling=None) -> list[str]:
         """Answers with every component that the model has, and without any those of the model alone."""
-        return repository("generation").generate_with(self, None, tokenizer, prompts, sampling)
+        return repository("generation").generate_enhanced(self, tokenizer, prompts, sampling)
 
 
 def repository(module: str):

@@ -42,7 +42,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer_idx, self.window = layer_idx, window
         self.head_dim = config.head_dim
-        self.retrieval_factor = config.cache["retrieval_factor"] if config.cache else None
+        self.cache_settings = config.cache
         queries = config.num_attention_heads * config.head_dim
         pairs = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
@@ -72,7 +72,8 @@ class Attention(nn.Module):
             mask = windowed(mask, self.window, length, k_BGSC.shape[2], k_BGSC.device, cache)
         latents = None if cache is None else latents_of(cache, self.layer_idx)
         if latents is not None:
-            output_BHSC = attend_with(*latents, self.retrieval_factor, q_BHSC, k_BGSC, v_BGSC, mask)
+            factor = self.cache_settings["retrieval_factor"]
+            output_BHSC = attend_with(*latents, factor, q_BHSC, k_BGSC, v_BGSC, mask)
             return project("o_proj", output_BHSC.transpose(1, 2).reshape(batch, length, -1))
         if mask is not None:
             # With a mask, grouped key-value heads would send CUDA to the kernel that materialises the scores.

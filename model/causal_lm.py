@@ -208,6 +208,7 @@ class PragnosiaForCausalLM(PragnosiaPreTrainedModel, GenerationMixin, AnswerMeth
     """Weight for weight a `Qwen3MoeForCausalLM`, with experts placed by `build_bank`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    uses_balance_loss = True
 
     def __init__(self, config: PragnosiaConfig, build_bank: BuildBank = ResidentBank):
         super().__init__(config)
@@ -317,7 +318,9 @@ class PragnosiaForCausalLM(PragnosiaPreTrainedModel, GenerationMixin, AnswerMeth
         layers = self.config.num_hidden_layers
         balance_sum = sum(layer.balance_sum for layer in statistics) / layers
         z_sum = sum(layer.z_sum for layer in statistics) / layers
-        auxiliary = self.config.router_aux_loss_coef * balance_sum + self.config.router_z_loss_coef * z_sum
+        auxiliary = self.config.router_z_loss_coef * z_sum
+        if self.uses_balance_loss:
+            auxiliary = auxiliary + self.config.router_aux_loss_coef * balance_sum
         loss = objective_sum / at_least_one(is_target.sum() if num_targets is None else num_targets)
         loss = loss + auxiliary / at_least_one(own_tokens if num_tokens is None else num_tokens)
         if self.value_head is not None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.cache_attention import cache_attention
+from kernels.cache_attention import cache_attention, obstacle
 
 
 class Extended:
@@ -75,10 +75,12 @@ def attend_with(
 ) -> Tensor:
     """Attention to the keys, and to latents with log(factor) on their logits."""
     latents = latent_k_BGMC.shape[2]
-    if mask is None:
+    if mask is None and not obstacle(q_BHSC.device, q_BHSC.dtype, q_BHSC.shape[-1]):
         wide = torch.promote_types(q_BHSC.dtype, torch.float32)
         gate_BGM = q_BHSC.new_full((1, 1, latents), math.log(factor), dtype=wide)
         return cache_attention(q_BHSC, k_BGSC, v_BGSC, latent_k_BGMC, latent_v_BGMC, gate_BGM)
+    if mask is None:
+        mask = windowed(None, k_BGSC.shape[2] + 1, q_BHSC.shape[2], k_BGSC.shape[2], q_BHSC.device)
     if mask.dtype == torch.bool:
         mask = q_BHSC.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
     group = q_BHSC.shape[1] // k_BGSC.shape[1]

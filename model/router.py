@@ -41,6 +41,10 @@ def nudge_biases(model: nn.Module, load_LE: Tensor) -> None:
     load_LE: rows of each layer's experts in a whole optimizer step, of all ranks and microbatches. Who has less
     than the mean goes up, who has more goes down.
     """
-    routers = [module for module in model.modules() if isinstance(module, Router)]
+    routers = [  # a coprocessor that is a copy of the model has routers of its own
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, Router) and not name.startswith("cache.")
+    ]
     for router, load_E in zip(routers, load_LE.double(), strict=True):
         router.nudges_E += (load_E.sum() - len(load_E) * load_E).sign().long()

@@ -75,6 +75,11 @@ def check_stage(
     Raises:
         UserError: one line with the way out.
     """
+    if placement == "streamed" and config.cache and config.cache["coprocessor"] == "copy":
+        raise UserError(
+            "--coprocessor copy has a second set of experts, which cannot be streamed: use lora or light, or "
+            "--placement resident or zero3"
+        )
     if args.stage == "base":
         if config.cache and is_new:
             raise UserError(
@@ -84,8 +89,7 @@ def check_stage(
         return
     if not config.cache:
         raise UserError("--stage cache trains a coprocessor: add --use-cache-augmentation")
-    cache = CacheConfig(**config.cache)
-    if cache.retrieval_factor == 0:
+    if config.cache["retrieval_factor"] == 0:
         raise UserError("--retrieval-factor 0 takes the latents away, so nothing can be learnt: use 1")
     if config.memory:
         raise UserError(
@@ -98,11 +102,6 @@ def check_stage(
         raise UserError(
             "--cache-joint passes through the model twice a microbatch, and streamed experts would be updated "
             "twice: use --placement resident or zero3"
-        )
-    if placement == "streamed" and cache.coprocessor == "copy":
-        raise UserError(
-            "--coprocessor copy has a second set of experts, which cannot be streamed: use lora or light, or "
-            "--placement resident or zero3"
         )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from data.steps import OwnAnswers
 from model import PragnosiaConfig
 from model.components import CacheConfig, MemoryConfig, TreeConfig
-from training.config import Checked, TrainingArguments, UserError
+from training.config import Checked, TrainingArguments, UserError, flag_of
 
 if TYPE_CHECKING:
     from data.loader import Data
@@ -18,6 +18,26 @@ COMPONENTS = {
     "cache": ("use_cache_augmentation", CacheConfig),
     "tree": ("use_tree_of_thoughts", TreeConfig),
 }
+
+
+# What decides which weights a component has; the rest can be changed on a trained model.
+SHAPES = (
+    "memory_size", "num_memory_layers", "head_dim", "conv_size", "num_heads", "num_latents", "coprocessor",
+    "coprocessor_layers",
+)  # fmt: skip
+
+
+def refuse_idle_flags(
+    name: str, arguments: Checked, config: PragnosiaConfig, args: TrainingArguments
+) -> None:
+    """Raises UserError for a component's flags where neither the run nor its model has that component."""
+    use, _ = COMPONENTS[name]
+    default = type(arguments)()
+    idle = [
+        field for field in fields(arguments) if getattr(arguments, field.name) != getattr(default, field.name)
+    ]
+    if idle and not getattr(args, use) and not getattr(config, name):
+        raise UserError(f"{flag_of(idle[0])} has no effect without --{use.replace('_', '-')}")
 
 
 def from_arguments(name: str, arguments: Checked, config: PragnosiaConfig):
@@ -63,13 +83,18 @@ def add_components(config: PragnosiaConfig, args: TrainingArguments, **given) ->
                 f"{option}: the component has hidden size {wanted.hidden_size}, the model {config.hidden_size}: "
                 f"give {kind.__name__} the model's"
             )
-        if present not in (None, asdict(wanted)):
-            changed = [key for key, value in asdict(wanted).items() if present[key] != value]
+        changed = [key for key in SHAPES if present and present.get(key) != getattr(wanted, key, None)]
+        if changed:
             raise UserError(
                 f"{option}: the model has this component with another {changed[0]}, {present[changed[0]]}: "
                 f"leave it out"
             )
         setattr(config, name, asdict(wanted))
+
+
+def components_of(config: PragnosiaConfig) -> list[str]:
+    """The names of those that a model has."""
+    return [name for name in COMPONENTS if getattr(config, name)]
 
 
 def has_labelled_steps(config: PragnosiaConfig, args: TrainingArguments) -> bool:

@@ -37,7 +37,7 @@ from model.router import nudge_biases
 from model.step_routing import pool_uses, restore_pool_uses
 from training import checkpoint as disk
 from training.cache_stage import check_stage, evaluate_latents, with_traces
-from training.components import add_components, has_labelled_steps, own_answers
+from training.components import add_components, components_of, has_labelled_steps, own_answers
 from training.config import DataArguments, TrainingArguments, UserError
 from training.engine import (
     DTYPES,
@@ -127,8 +127,6 @@ class Pretrainer:
         self.name, self.settings = name, settings or {}
         add_components(self.config, args, memory=memory_module, cache=cache_module, tree=tree_module)
         self.config.router_bias |= args.load_balance == "bias"  # a model that has one keeps it
-        if args.load_balance != "aux":
-            self.config.router_aux_loss_coef = 0.0
         disk.check_vocabulary(self.tokenizer, self.config, "this run")
         self.config.pad_token_id = self.tokenizer.pad_token_id
         self.config.eos_token_id = self.tokenizer.eos_token_id
@@ -414,6 +412,7 @@ class Pretrainer:
             device=self.ranks.device,
             dtype=DTYPES[self.plan.precision],
         )
+        model.uses_balance_loss = args.load_balance == "aux"
         self.engine = build_engine(model, args, ds_config)
         if resume is None:
             return
@@ -440,7 +439,8 @@ class Pretrainer:
         stage = self.plan.ds_config["zero_optimization"]["stage"]
         layout = {"placement": self.plan.placement, "zero_stage": stage, "precision": self.plan.precision}
         layout |= {"expert_state": self.plan.stream.state if self.plan.stream else None}
-        return layout | {"router_bias": self.config.router_bias}
+        layout |= {"router_bias": self.config.router_bias, "components": components_of(self.config)}
+        return layout | {"stage": self.args.stage, "cache_joint": self.args.cache_joint}
 
     def _data_identity(self) -> list:
         """What the place in the data refers to: the rows and their order."""

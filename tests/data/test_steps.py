@@ -77,6 +77,14 @@ def test_expressions_are_calculated(text, value):
     assert calculated(text) == value
 
 
+def test_products_may_be_written_with_x():
+    line = "At a price of $3 it is 4 x $3 = $<<4*3=12>>12."
+    changed = corrupt([line], "", [], Choices(0, "operator", "*", "+"))
+    assert changed == (["At a price of $3 it is 4 + 3 = $<<4+3=7>>7."], 0)
+    wrong = corrupt([line], "", [], Choices(0, "operand", "4", 5))
+    assert wrong == (["At a price of $3 it is 5 x 3 = $<<5*3=15>>15."], 0)
+
+
 def test_what_follows_a_wrong_number_is_calculated_anew():
     assert carried(GSM8K[1:], {Fraction(24): Fraction(25)}) == [
         "Natalia sold 48+25 = <<48+25=73>>73 clips altogether.",

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from tests.training.runs import REPOSITORY, finish, start
+from training.checkpoint import load_config
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +34,10 @@ def test_component_ablation_and_a_program_that_uses_its_models(tmp_path):
     assert [arm for arm, _ in rows] == ["base", "memory", "value head", "cache"]
     runs = sorted(tmp_path.glob("pragnosia_*"), key=lambda run: run.stat().st_mtime)
     assert len(runs) == 4
-    for run in (runs[0], runs[3]):
+    configs = [load_config(run / "final_model") for run in runs]
+    assert [bool(config.memory) for config in configs] == [False, True, False, False]
+    assert [bool(config.tree) for config in configs] == [False, False, True, False]
+    assert [bool(config.cache) for config in configs] == [False, False, False, True]
+    for run in runs:
         text = example("integration", str(run), "What is 2 + 3?", "--max-length", "4")
         assert "generate " in text and "enhanced " in text

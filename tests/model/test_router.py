@@ -82,6 +82,13 @@ def test_each_layer_moves_towards_its_own_mean(build):
         nudge_biases(model, torch.zeros(1, EXPERTS))
 
 
+def test_routers_of_a_copy_in_the_coprocessor_are_left_alone(build):
+    model = build(router_bias=True, cache={"hidden_size": 32, "coprocessor": "copy"})
+    nudge_biases(model, torch.tensor([[4.0] + [0.0] * (EXPERTS - 1)] * 2))
+    assert model.model.layers[1].mlp.gate.nudges_E.any()
+    assert not any(layer.mlp.gate.nudges_E.any() for layer in model.cache.copy.layers)
+
+
 def test_step_routing_has_no_bias():
     with pytest.raises(ValueError, match="router_bias needs routing token"):
         PragnosiaConfig(router_bias=True, routing="step")

@@ -208,6 +208,12 @@ def config_with(**settings):
             "--coprocessor copy .* --placement resident or zero3",
         ),
         (
+            config_with(coprocessor="copy"),
+            {},
+            {"placement": "streamed"},
+            "--coprocessor copy .* --placement resident or zero3",
+        ),
+        (
             config_with(),
             {"stage": "cache", "cache_joint": True},
             {"placement": "streamed"},

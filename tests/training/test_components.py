@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from model.components import MemoryConfig
+from model.components import MemoryConfig, TreeConfig
 from model.presets import preset_config
-from training.components import COMPONENTS, add_components, from_arguments
+from training.components import COMPONENTS, add_components, from_arguments, refuse_idle_flags
 from training.config import CacheArguments, MemoryArguments, TrainingArguments, TreeArguments, UserError
 
 GROUPS = {"memory": MemoryArguments, "cache": CacheArguments, "tree": TreeArguments}
@@ -52,6 +52,21 @@ def test_one_line_for_another_width(name):
     given = {name: COMPONENTS[name][1](hidden_size=256)}
     with pytest.raises(UserError, match=r"has hidden size 256, the model 128: give .*Config the model's"):
         add_components(preset_config("tiny"), TrainingArguments(), **given)
+
+
+def test_what_shapes_no_weights_can_be_changed_on_a_trained_model():
+    config = preset_config("tiny")
+    add_components(config, TrainingArguments(), tree=TreeConfig(hidden_size=128))
+    add_components(config, TrainingArguments(), tree=TreeConfig(hidden_size=128, beam_width=2))
+    assert config.tree["beam_width"] == 2
+
+
+def test_flags_of_a_component_that_is_not_there_are_refused():
+    config, args = preset_config("tiny"), MemoryArguments(memory_window=64)
+    with pytest.raises(UserError, match="--memory-window has no effect without --use-neural-memory"):
+        refuse_idle_flags("memory", args, config, TrainingArguments())
+    refuse_idle_flags("memory", args, config, TrainingArguments(use_neural_memory=True))
+    refuse_idle_flags("memory", MemoryArguments(), config, TrainingArguments())
 
 
 def test_one_line_for_sizes_that_do_not_fit():

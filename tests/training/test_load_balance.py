@@ -50,7 +50,7 @@ def test_every_step_but_the_last_ones_moves_the_biases(whole):
     assert not torch.equal(before, moved) and moved.abs().max() <= MOVED
     assert torch.equal(moved, last) and torch.equal(last, nudges(whole / "final_model"))
     config = json.loads((whole / "final_model" / "config.json").read_text())
-    assert config["router_bias"] and config["router_aux_loss_coef"] == 0
+    assert config["router_bias"] and config["router_aux_loss_coef"] > 0  # for a run that balances by a loss
 
 
 @pytest.mark.slow
