@@ -94,7 +94,7 @@ class Chat:
         if value != "on":
             if not value.isdecimal() or not 1 <= int(value) <= MOST_PATHS:
                 raise UserError(
-                    f"/think takes on, off or a number of paths up to {MOST_PATHS}, not {value!r}"
+                    f"/think takes on, off or a number of paths, at most {MOST_PATHS}, not {value!r}"
                 )
             tree = dataclasses.replace(tree, beam_width=int(value), branching=None)
         self.thinking = tree

@@ -289,7 +289,7 @@ def test_thinking_answers_in_one_line_and_shows_path_and_tree(thinker, tmp_path)
     for line in said[begun + 1 : ended - 2]:  # of random bytes: a line may be the rest of another
         (tree if line[4:].lstrip()[:1] in ("*", ".") or line.startswith("  ") else path).append(line)
     assert path and tree and sum(" * " in line for line in tree) >= 1
-    assert "error: /think takes on, off or a number of paths, not '0'" in said
+    assert "error: /think takes on, off or a number of paths, at most 64, not '0'" in said
     assert said[-1] == "Answers are searched for: 3 paths, 6 steps tried after each."
 
 
