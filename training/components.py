@@ -83,13 +83,14 @@ def add_components(config: PragnosiaConfig, args: TrainingArguments, **given) ->
                 f"{option}: the component has hidden size {wanted.hidden_size}, the model {config.hidden_size}: "
                 f"give {kind.__name__} the model's"
             )
-        changed = [key for key in SHAPES if present and present.get(key) != getattr(wanted, key, None)]
+        written = asdict(wanted)
+        changed = [key for key in SHAPES if present and present.get(key) != written.get(key)]
         if changed:
             raise UserError(
                 f"{option}: the model has this component with another {changed[0]}, {present[changed[0]]}: "
                 f"leave it out"
             )
-        setattr(config, name, asdict(wanted))
+        setattr(config, name, written)
 
 
 def components_of(config: PragnosiaConfig) -> list[str]:

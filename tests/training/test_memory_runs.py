@@ -46,6 +46,12 @@ def test_added_to_a_base_model_resumed_and_taken_away(data, tmp_path):
     assert code == 0, text
     assert weights(stopped / "final_model") == weights(remembering / "final_model")
 
+    words = command_of(
+        data, tmp_path / "base", "--resume", str(base), "--max-steps", "2", "--use-tree-of-thoughts"
+    )
+    code, text = finish(start(without_shape(words)))
+    assert code == 2 and "components []" in text and "--init-from" in text and "Traceback" not in text, text
+
     flags = ("--no-use-neural-memory", "--max-steps", "1")
     without, _ = started_from(remembering, data, tmp_path / "without", *flags)
     assert load_config(without / "final_model").memory is None
