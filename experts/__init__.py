@@ -1,27 +1,37 @@
 """Where expert banks live. Every bank is a module with `forward(hidden_TD, routing) -> hidden_TD`.
 
-    resident   the whole bank in device memory (`resident.py`)
+    resident   the whole bank in device memory (`resident.py`), or the experts that a rank owns, rows exchanged with
+               the owners of the others (`expert_parallel.py`)
     zero3      pages of ordinary parameters under DeepSpeed ZeRO-3 with offload (`zero3.py`)
     streamed   host memory that DeepSpeed does not know of, passed through GPU slots page by page (`streamed.py`)
 
 A placement changes names and shapes of parameters but not the model: `canonical` maps each parameter to the
-name it has in an exported checkpoint and, for a page, the first expert it holds.
+name it has in an exported checkpoint and, for a part of a bank, the first expert it holds.
 """
 
+from __future__ import annotations
+
 import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PAGE = re.compile(r"^(.*\.experts)\.pages\.(\d+)\.(\w+)$")
+_OWNED = re.compile(r"^(.*\.experts)\.experts\.(w[123])$")
+_PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
-def canonical(name: str, shape: tuple[int, ...]) -> tuple[str, int | None]:
-    """The exported name of a parameter and, when it is a page, the number of the page's first expert.
+def canonical(name: str, parameter: Tensor) -> tuple[str, int | None]:
+    """The exported name of a parameter and, when it is a part of a bank, the number of its first expert.
 
-    `shape` is the parameter's full shape; its first dimension is the page size.
+    `parameter` has its full shape: the first dimension of a page is the page size.
     """
-    match = _PAGE.match(name)
-    if match is None:
-        return name, None
-    return f"{match[1]}.{match[3]}", int(match[2]) * shape[0]
+    if match := _PAGE.match(name):
+        return f"{match[1]}.{match[3]}", int(match[2]) * parameter.shape[0]
+    if match := _OWNED.match(name):
+        return f"{match[1]}.{_PROJECTIONS[match[2]]}", parameter.first_expert
+    return name, None
 
 
 def default_page_size(num_experts: int) -> int:

@@ -47,10 +47,14 @@ class Placement:
         """Read what `save` wrote, whatever the number of ranks was."""
 
 
-def ordinary_placement(name: str, page_size: int | None) -> Placement:
-    """`resident` or `zero3`."""
+def ordinary_placement(name: str, page_size: int | None, expert_parallel: int = 1) -> Placement:
+    """`resident` or `zero3`; resident experts are spread over groups of `expert_parallel` ranks."""
     if name == "zero3":
         assert page_size is not None
         return Placement(partial(Zero3Bank, page_size=page_size))
     assert name == "resident", name
-    return Placement(ResidentBank)
+    if expert_parallel == 1:
+        return Placement(ResidentBank)
+    from experts.expert_parallel import ExpertParallelBank  # the rest of the models need no DeepSpeed
+
+    return Placement(partial(ExpertParallelBank, size=expert_parallel))

@@ -168,7 +168,10 @@ def freeze(model: nn.Module, args: TrainingArguments) -> None:
 
 
 def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict]:
-    """Experts that are parameters with their own learning rate; weight decay for matrices alone."""
+    """Experts that are parameters with their own learning rate; weight decay for matrices alone.
+
+    DeepSpeed finds the ranks that own the same experts by the name of the experts' group.
+    """
     groups = {
         name: {"params": [], "lr": rate, "weight_decay": decay, "name": name}
         for name, rate, decay in (
@@ -188,6 +191,8 @@ def parameter_groups(model: nn.Module, args: TrainingArguments) -> list[dict]:
             else "dense"
         )
         groups[kind]["params"].append(parameter)
+        if hasattr(parameter, "owners"):
+            groups["experts"] |= {"moe": True, "name": parameter.group_name}
     return [group for group in groups.values() if group["params"]]
 
 
@@ -220,5 +225,5 @@ def build_engine(
 def set_learning_rates(engine: deepspeed.DeepSpeedEngine, args: TrainingArguments, factor: float) -> None:
     """Scale both base rates; groups keep their order through every DeepSpeed optimizer."""
     for group in (*engine.optimizer.param_groups, *engine.module.placement.groups):
-        rate = args.local_learning_rate if group["name"] == "experts" else args.learning_rate
+        rate = args.learning_rate if group["name"] in ("dense", "norms") else args.local_learning_rate
         group["lr"] = rate * factor

@@ -77,14 +77,14 @@ def train_step(engine, microbatches: list[Batch]) -> StepResult:
         started = True
         engine.backward(output.loss * dist.get_world_size(), scale_wrt_gas=False)
         if is_last:
-            grad_norm = unclipped_norm(engine)
+            grad_norm = checked_norm(engine)
             if grad_norm is not None and not math.isfinite(grad_norm):
                 engine.zero_grad()
                 break
         engine.step()
     else:
         applied = started and engine.was_step_applied()
-        if started and engine.get_global_grad_norm() is not None:
+        if started and grad_norm is None and engine.get_global_grad_norm() is not None:
             grad_norm = float(engine.get_global_grad_norm())
     refused = engine.module.placement.take_refused()
     return StepResult(started, applied, num_tokens, sums, load_LE, grad_norm, refused)
@@ -120,16 +120,25 @@ def finite_everywhere(loss: Tensor) -> bool:
     return bool(finite.item())
 
 
-def unclipped_norm(engine) -> float | None:
-    """The gradient norm where DeepSpeed neither computes nor checks it: plain fp32 without ZeRO.
+def checked_norm(engine) -> float | None:
+    """The global gradient norm where DeepSpeed does not check it: plain fp32 without ZeRO; None elsewhere.
 
-    Gradients are reduced by then, so all ranks find the same.
+    Gradients are reduced by then, so all ranks find the same. Where each rank has experts of its own, DeepSpeed
+    would clip by the mean of the ranks' norms; so they are clipped here by the global one, which leaves it nothing
+    to do.
     """
     if engine.zero_optimization() or engine.bfloat16_enabled() or engine.fp16_enabled():
         return None
-    return float(
-        torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
-    )
+    parameters = [p for p in engine.module.parameters() if p.grad is not None]
+    owned = [p for p in parameters if hasattr(p, "owners")]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if not hasattr(p, "owners")])
+    if owned:
+        square = torch.nn.utils.get_total_norm([p.grad for p in owned]).square()
+        dist.all_reduce(square, group=owned[0].owners)
+        norm = (norm.square() + square).sqrt()
+        if engine.gradient_clipping() and norm.isfinite():
+            torch.nn.utils.clip_grads_with_norm_(parameters, engine.gradient_clipping(), norm)
+    return float(norm)
 
 
 def reduce_results(results: list[StepResult]) -> tuple[dict[str, float], Tensor | None]:

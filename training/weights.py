@@ -14,6 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -157,7 +158,7 @@ def fill(model: nn.Module, source: Source) -> None:
         with gathered(parameter, modifier_rank=0):
             if parameter.numel() == 0:  # partitioned and this rank does not modify
                 continue
-            exported, first = canonical(name, parameter.shape)
+            exported, first = canonical(name, parameter)
             parameter.copy_(source(exported, parameter.shape, first))
     fill_counts(model, source)
     placement_of(model).fill(source)
@@ -174,16 +175,18 @@ def fill_counts(model: nn.Module, source: Source) -> None:
 
 @torch.no_grad()
 def exported_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(exported name, CPU tensor) of every parameter and bias, pages joined into banks; collective under ZeRO-3.
+    """(exported name, CPU tensor) of every parameter and bias, parts of banks joined; collective.
 
     Holds one layer's pages at a time.
     """
     pages: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         with gathered(parameter):
-            exported, first = canonical(name, parameter.shape)
-            tensor = parameter.detach().to("cpu", copy=True).contiguous()
-        if first is None:
+            exported, first = canonical(name, parameter)
+            owners = getattr(parameter, "owners", None)
+            tensor = parameter.detach() if owners is None else joined(parameter, owners)
+            tensor = tensor.to("cpu", copy=True).contiguous()
+        if first is None or owners is not None:
             # Pages of one layer are consecutive: the first other parameter means they are complete.
             yield from ((bank, torch.cat(parts)) for bank, parts in pages.items())
             pages = {}
@@ -193,6 +196,13 @@ def exported_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((bank, torch.cat(parts)) for bank, parts in pages.items())
     yield from ((name, count.cpu()) for name, count in model.named_buffers() if name.endswith(BIASES))
     yield from placement_of(model).tensors()
+
+
+def joined(parameter: Tensor, owners: dist.ProcessGroup) -> Tensor:
+    """A whole bank of which each rank of a group owns a part; collective."""
+    parts = [torch.empty_like(parameter) for _ in range(owners.size())]
+    dist.all_gather(parts, parameter.detach().contiguous(), group=owners)
+    return torch.cat(parts)
 
 
 def placement_of(model: nn.Module) -> Placement:

@@ -238,13 +238,14 @@ def test_the_loop_itself_on_one_token_by_hand():
 
 
 def test_canonical_names():
-    assert canonical("model.norm.weight", (4,)) == ("model.norm.weight", None)
-    assert canonical("model.layers.3.mlp.experts.up_proj", (8, 2, 2)) == (
-        "model.layers.3.mlp.experts.up_proj",
-        None,
-    )
-    name = "model.layers.3.mlp.experts.pages.5.up_proj"
-    assert canonical(name, (4, 2, 2)) == ("model.layers.3.mlp.experts.up_proj", 20)
+    part = torch.empty(4, 2, 2)
+    assert canonical("model.norm.weight", part[0, 0]) == ("model.norm.weight", None)
+    bank = "model.layers.3.mlp.experts"
+    assert canonical(f"{bank}.up_proj", part) == (f"{bank}.up_proj", None)
+    assert canonical(f"{bank}.pages.5.up_proj", part) == (f"{bank}.up_proj", 20)
+    part.first_expert = 12
+    for name, projection in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+        assert canonical(f"{bank}.experts.{name}", part) == (f"{bank}.{projection}", 12)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ usage: layouts.py LAYOUTS.json OUT.pt — a list of layouts in, a list of result
 
 A layout is a dictionary: `stage`, and what differs from one rank's plain fp32 run: `placement`, `page_size`,
 `slots`, `state`, `offload` (cpu, optimizer, or a directory for nvme), `precision`, `accumulation`, `clip`,
-`checkpointing`, `z`, `router`, `pool`, `memory` (the window of the layer that has one), `steps` (numbers of the
+`checkpointing`, `z`, `router`, `pool`, `expert_parallel`, `rows` (how many each rank has), `memory` (the window of the layer that has one), `steps` (numbers of the
 batches trained on), `poisoned` and `emptied` (lists of [step, row]); with `plain` it is PyTorch alone.
 """
 
@@ -33,7 +33,7 @@ from training.config import TrainingArguments
 from training.engine import DTYPES, build_engine, build_model, build_placement, start_ranks
 from training.estimate import StreamPlan
 from training.step import count_targets, reduce_results, train_step
-from training.weights import exported_tensors, fill, initial_weights
+from training.weights import exported_tensors, fill, initial_weights, joined
 
 VOCAB, LENGTH, ROWS, STEPS = 64, 24, 4, 20
 RATE = 3e-3
@@ -70,6 +70,8 @@ def rows_of_step(step: int, layout: dict) -> dict[str, torch.Tensor]:
 def microbatches(step: int, layout: dict, rank: int, world_size: int) -> list[dict[str, torch.Tensor]]:
     micro = ROWS // world_size // layout.get("accumulation", 1)
     batch = rows_of_step(step, layout)
+    if "rows" in layout:
+        return [{key: value.split(layout["rows"])[rank] for key, value in batch.items()}]
     starts = range(rank * micro, ROWS, micro * world_size)
     return [{key: value[start : start + micro] for key, value in batch.items()} for start in starts]
 
@@ -113,7 +115,7 @@ def model_config(layout: dict):
 def place(layout: dict, args: TrainingArguments, ranks):
     name = layout.get("placement", "resident")
     if name != "streamed":
-        return ordinary_placement(name, layout.get("page_size"))
+        return ordinary_placement(name, layout.get("page_size"), layout.get("expert_parallel", 1))
     stream = StreamPlan(layout.get("page_size", 3), layout.get("slots", 3), layout.get("state", "fp32"), 0, 0)
     plan = SimpleNamespace(
         config=model_config(layout),
@@ -197,7 +199,10 @@ def record_gradients(engine) -> dict[str, torch.Tensor]:
         if engine.is_gradient_accumulation_boundary() and not gradients:
             for name, parameter in engine.module.named_parameters():
                 gradient = safe_get_full_grad(parameter).detach().cpu().clone()
-                exported, first = canonical(name, gradient.shape)
+                exported, first = canonical(name, parameter)
+                if hasattr(parameter, "owners"):
+                    gradients[exported] = joined(gradient, parameter.owners)
+                    continue
                 gradients[exported] = torch.cat((gradients[exported], gradient)) if first else gradient
         apply_update()
 
