@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 _PAGE = re.compile(r"^(.*\.experts)\.pages\.(\d+)\.(\w+)$")
 _OWNED = re.compile(r"^(.*\.experts)\.experts\.(w[123])$")
+_BANK = re.compile(r"^(.*\.experts)\.(\w+_proj)$")
 _PROJECTIONS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_SHARED_NAMES = {projection: name for name, projection in _PROJECTIONS.items()}
 
 
 def canonical(name: str, parameter: Tensor) -> tuple[str, int | None]:
@@ -29,9 +31,19 @@ def canonical(name: str, parameter: Tensor) -> tuple[str, int | None]:
     """
     if match := _PAGE.match(name):
         return f"{match[1]}.{match[3]}", int(match[2]) * parameter.shape[0]
-    if match := _OWNED.match(name):
-        return f"{match[1]}.{_PROJECTIONS[match[2]]}", parameter.first_expert
-    return name, None
+    return exported_name(name), parameter.first_expert if _OWNED.match(name) else None
+
+
+def shared_name(exported: str) -> str:
+    """The name of a parameter where ranks share the experts of a bank, from its exported one."""
+    match = _BANK.match(exported)
+    return f"{match[1]}.experts.{_SHARED_NAMES[match[2]]}" if match else exported
+
+
+def exported_name(shared: str) -> str:
+    """The inverse of `shared_name`."""
+    match = _OWNED.match(shared)
+    return f"{match[1]}.{_PROJECTIONS[match[2]]}" if match else shared
 
 
 def default_page_size(num_experts: int) -> int:

@@ -57,6 +57,10 @@ class LocalExperts(nn.Module):
         self.mark()
         return self
 
+    def forward(self, rows_ND: Tensor, counts_R: Tensor) -> Tensor:
+        """rows_ND, sorted by expert, through their experts; a module of its own, which ZeRO-3 fetches."""
+        return swiglu_experts(rows_ND, Groups(counts_R), self.w1, self.w3, self.w2)
+
 
 class ExpertParallelBank(AutoEPMoELayer):
     """E experts of a layer over the W ranks of an expert-parallel group, consecutive ones on each.
@@ -106,9 +110,7 @@ class ExpertParallelBank(AutoEPMoELayer):
         exchange = Exchange(routing.counts_E, self.ep_group)
         rows_ND = permute(hidden_TD, routing)
         rows_ND = permute(exchange.to_owners(rows_ND), exchange.by_expert)
-        rows_ND = swiglu_experts(
-            rows_ND, Groups(exchange.counts_R), self.experts.w1, self.experts.w3, self.experts.w2
-        )
+        rows_ND = self.experts(rows_ND, exchange.counts_R)
         rows_ND = exchange.from_owners(permute(rows_ND, exchange.by_source))
         return combine(rows_ND, routing)
 

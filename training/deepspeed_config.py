@@ -422,9 +422,8 @@ def _check_placement(file: Path, zero: dict[str, Any], placement: str) -> None:
             f"{file}: the zero3 placement needs zero_optimization.stage 3 with an offload_param device: "
             "take another JSON or --placement resident"
         )
-    if placement == "resident" and any(offloads.values()):
-        name = next(name for name, given in offloads.items() if given)
+    if placement == "resident" and offloads["offload_param"]:
         raise UserError(
-            f"{file}: zero_optimization.{name} needs the zero3 or streamed placement: "
+            f"{file}: zero_optimization.offload_param needs the zero3 or streamed placement: "
             "take another JSON or another --placement"
         )

@@ -101,7 +101,7 @@ def unlink_shared_buffers() -> None:
 def build_placement(plan: Plan, args: TrainingArguments, ranks: Ranks) -> Placement:
     """Where the experts of a planned run live."""
     if plan.stream is None:
-        return ordinary_placement(plan.placement, plan.page_size)
+        return ordinary_placement(plan.placement, plan.page_size, plan.expert_parallel)
     try:
         return _streamed_experts(plan, args, ranks)
     except OSError as error:

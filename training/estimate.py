@@ -104,16 +104,18 @@ def estimate(
         working = weight * (min(live, local) + page + min(zero.get("reduce_bucket_size", 5e8), local))
     if placement == "zero3":
         return MemoryEstimate(activations + working, weights + gradients + states)
-    if stream is None:
-        return MemoryEstimate(weights + gradients + states + peak + working, 1.5e9)
-    # Rows of a layer on their way through its experts, and what a page holds inside of them.
-    rows = tokens * config.num_experts_per_tok * weight
-    inside = 6 * config.moe_intermediate_size * stream.page_size / config.num_experts
-    activations += rows * (2 * width + inside)
+    stream_device, stream_host = (stream.device, stream.host) if stream else (0.0, 0.0)
+    if stream is not None:
+        # Rows of a layer on their way through its experts, and what a page holds inside of them.
+        rows = tokens * config.num_experts_per_tok * weight
+        inside = 6 * config.moe_intermediate_size * stream.page_size / config.num_experts
+        activations += rows * (2 * width + inside)
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         # Gradients leave through two buckets as they come.
-        host = 1.5e9 + stream.host + states + gradients
-        working = weights + 2 * weight * zero.get("reduce_bucket_size", 5e8) if stage < 3 else working
-        return MemoryEstimate(working + activations + stream.device, host + (stage == 3) * weights)
-    peak = max(activations, peak)
-    return MemoryEstimate(weights + gradients + states + peak + stream.device, 1.5e9 + stream.host)
+        host = 1.5e9 + stream_host + states + gradients
+        in_host = stream is not None and stage == 3  # then the weights too
+        working = working if in_host else weights + 2 * weight * zero.get("reduce_bucket_size", 5e8)
+        return MemoryEstimate(working + activations + stream_device, host + in_host * weights)
+    working = working if stream is None else 0.0
+    peak = max(activations, peak) + working
+    return MemoryEstimate(weights + gradients + states + peak + stream_device, 1.5e9 + stream_host)

@@ -63,7 +63,7 @@ from training.plan import Plan, check_host_memory, make_plan, resolve_device
 from training.randomness import random_state, set_random_state, set_seeds
 from training.schedule import learning_rate_factor
 from training.step import StepResult, reduce_results, train_step
-from training.universal import UNIVERSAL_CLIENT_STATE, to_universal
+from training.universal import UNIVERSAL_CLIENT_STATE, load_state, rewrite_experts, to_universal
 from training.weights import Source, directory_weights, fill_counts, initial_weights, model_weights
 
 STATE_TAG = "state"
@@ -417,9 +417,7 @@ class Pretrainer:
         if resume is None:
             return
         where, tag = (universal.parent, universal.name) if universal else (resume, STATE_TAG)
-        loaded, _ = self.engine.load_checkpoint(str(where), tag=tag)
-        if loaded is None:
-            raise UserError(f"DeepSpeed found no state in {where / tag}: use an earlier checkpoint")
+        load_state(self.engine, where, tag)
         self.engine.module.placement.load(resume / STATE_TAG)
         self._restore(resume, state)
         dist.barrier()
@@ -448,14 +446,22 @@ class Pretrainer:
         return [rows, self.args.seed, self.data_args.max_length]
 
     def _universal(self, resume: Path, state: dict) -> Path | None:
-        """DeepSpeed's layout-free form of a checkpoint, made where the number of ranks has changed."""
-        if state["world_size"] == self.ranks.world_size:
+        """DeepSpeed's layout-free form of a checkpoint, made where the number of ranks, or of those that share the
+        experts, has changed."""
+        was_shared_by, is_shared_by = state.get("expert_parallel", 1), self.plan.expert_parallel
+        if (state["world_size"], was_shared_by) == (self.ranks.world_size, is_shared_by):
             return None
         if self.plan.ds_config["zero_optimization"]["stage"] == 0:
-            return None  # every rank holds everything: any number of ranks can read it
+            if was_shared_by != is_shared_by:
+                raise UserError(
+                    f"{resume} was trained with --expert-parallel-size {was_shared_by}, this run has {is_shared_by}, "
+                    f"and without ZeRO that cannot change: resume as it was, or use --init-from"
+                )
+            return None  # every rank holds everything of its part: any number of ranks can read it
         target = self.run_dir / ".tmp-universal"
         if self.is_main:
             to_universal(resume / STATE_TAG, target)
+            rewrite_experts(target, self.config, shared=is_shared_by > 1)
         dist.barrier()
         return target
 
@@ -481,9 +487,9 @@ class Pretrainer:
         return final
 
     def _write(self, temporary: Path) -> None:
-        self.engine.save_checkpoint(
-            str(temporary), tag=STATE_TAG, save_latest=False, client_state=UNIVERSAL_CLIENT_STATE
-        )
+        # Where ranks share experts, DeepSpeed writes these facts itself.
+        facts = UNIVERSAL_CLIENT_STATE if self.plan.expert_parallel == 1 else {}
+        self.engine.save_checkpoint(str(temporary), tag=STATE_TAG, save_latest=False, client_state=facts)
         self.engine.module.placement.save(temporary / STATE_TAG)
         self._export(temporary / "model", "pragnosia")
         torch.save(random_state(), temporary / f"rank-{self.ranks.rank}.pt")
@@ -508,6 +514,7 @@ class Pretrainer:
             "best_loss": self.best_loss,
             "bad_validations": self.bad_validations,
             "world_size": self.ranks.world_size,
+            "expert_parallel": self.plan.expert_parallel,
             **self._layout(),
             "data": self._data_identity(),
             "pool_uses": pool_uses(self.engine.module),
@@ -575,6 +582,7 @@ class Pretrainer:
             "model": self.config.to_dict(),
             "parameters": {"total": self.config.num_params(), "active": self.config.active_params()},
             "placement": self.plan.placement,
+            "expert_parallel": self.plan.expert_parallel,
             "deepspeed": self.plan.ds_config,
             "estimate_bytes": asdict(self.plan.memory),
             "data": self.data.report,
