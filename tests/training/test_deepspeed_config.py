@@ -81,7 +81,13 @@ def test_shipped_files_load_into_deepspeed(name, precision):
     offloads = asks != "resident" and asks != "auto"
     assert placement_of(name) == (asks if offloads else "auto")
     with pytest.raises(UserError):
-        load(name, args, placement="resident" if asks == "zero3" else "zero3", precision=precision, world_size=1)
+        load(
+            name,
+            args,
+            placement="resident" if asks == "zero3" else "zero3",
+            precision=precision,
+            world_size=1,
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if "consumer" in name])
