@@ -1,7 +1,7 @@
 """Where expert banks live. Every bank is a module with `forward(hidden_TD, routing) -> hidden_TD`.
 
-    resident   the whole bank in device memory (`resident.py`), or the experts that a rank owns, rows exchanged with
-               the owners of the others (`expert_parallel.py`)
+    resident   the whole bank in device memory (`resident.py`), or the experts that a rank owns: rows of the others
+               travel to their owners (`expert_parallel.py`)
     zero3      pages of ordinary parameters under DeepSpeed ZeRO-3 with offload (`zero3.py`)
     streamed   host memory that DeepSpeed does not know of, passed through GPU slots page by page (`streamed.py`)
 

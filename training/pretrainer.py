@@ -454,8 +454,8 @@ class Pretrainer:
         if self.plan.ds_config["zero_optimization"]["stage"] == 0:
             if was_shared_by != is_shared_by:
                 raise UserError(
-                    f"{resume} was trained with --expert-parallel-size {was_shared_by}, this run has {is_shared_by}, "
-                    f"and without ZeRO that cannot change: resume as it was, or use --init-from"
+                    f"{resume} was trained with --expert-parallel-size {was_shared_by}, this run has "
+                    f"{is_shared_by}, and without ZeRO that cannot change: resume as it was, or use --init-from"
                 )
             return None  # every rank holds everything of its part: any number of ranks can read it
         target = self.run_dir / ".tmp-universal"

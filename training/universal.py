@@ -1,5 +1,5 @@
-"""Reading DeepSpeed's state, also by way of its universal checkpoints: a sharded state taken apart by parameter, for
-another number of ranks."""
+"""Reading DeepSpeed's state, also by way of its universal checkpoints: a sharded state taken apart by parameter,
+for another number of ranks."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def to_universal(state: Path, target: Path) -> None:
 
 
 def rewrite_experts(universal: Path, config: PragnosiaConfig, *, shared: bool) -> None:
-    """Give the experts' states the names and the form that DeepSpeed reads where ranks share experts (`shared`), or
-    where each has all of them; whichever they were written with."""
+    """Give the experts' states the names and the form that DeepSpeed reads where ranks share experts (`shared`),
+    or where each has all of them; whichever they were written with."""
     import torch
     from deepspeed.checkpoint.constants import CAT_DIM, EP_IS_EXPERT_PARAM, EP_NUM_EXPERTS, PARAM
 
@@ -76,8 +76,8 @@ def rewrite_experts(universal: Path, config: PragnosiaConfig, *, shared: bool) -
 def load_state(engine, directory: Path, tag: str) -> None:
     """Read the state `directory / tag` into an engine; collective.
 
-    From a universal checkpoint ZeRO-3 gives every parameter group the settings of the first, and all parameters one
-    tensor that counts their steps, which then counts each of them. Both are mended here.
+    From a universal checkpoint ZeRO-3 gives every parameter group the settings of the first, and all parameters
+    one tensor that counts their steps, which then counts each of them. Both are mended here.
 
     Raises:
         UserError: there is none.

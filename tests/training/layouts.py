@@ -4,8 +4,9 @@ usage: layouts.py LAYOUTS.json OUT.pt — a list of layouts in, a list of result
 
 A layout is a dictionary: `stage`, and what differs from one rank's plain fp32 run: `placement`, `page_size`,
 `slots`, `state`, `offload` (cpu, optimizer, or a directory for nvme), `precision`, `accumulation`, `clip`,
-`checkpointing`, `z`, `router`, `pool`, `expert_parallel`, `rows` (how many each rank has), `memory` (the window of the layer that has one), `steps` (numbers of the
-batches trained on), `poisoned` and `emptied` (lists of [step, row]); with `plain` it is PyTorch alone.
+`checkpointing`, `z`, `router`, `pool`, `expert_parallel`, `rows` (how many each rank has), `memory` (the window of
+the layer that has one), `steps` (numbers of the batches trained on), `poisoned` and `emptied` (lists of [step,
+row]); with `plain` it is PyTorch alone.
 """
 
 import json
