@@ -311,6 +311,8 @@ class Pretrainer:
             "data_wait_seconds": waited / len(window),
             "epoch": self.epoch + self.step_in_epoch / (self.loader.steps_per_epoch or 1),
             "tokens": self.tokens,
+            "steps_refused": sum(not result.applied for result in window),
+            "experts_refused": sum(result.refused for result in window),
             "router/balance_loss": sums["balance"] / tokens,
             "router/z_loss": sums["z"] / tokens,
             "router/entropy": sums["entropy"] / tokens,

@@ -359,3 +359,5 @@ trainer.train()
     (directory,) = (tmp_path / "out").glob("pragnosia_*")
     state = json.loads((directory / "emergency_checkpoint" / "trainer_state.json").read_text())
     assert state["step"] == 3
+    logged = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert {row["step"]: row["steps_refused"] for row in logged if "loss" in row} == {1: 0, 2: 1, 3: 0}

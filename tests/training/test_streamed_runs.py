@@ -219,6 +219,8 @@ def test_an_expert_with_a_gradient_of_nan_is_left_out_and_an_exception_saves(tmp
     assert len(said) == 1 and said[0].endswith("step 2: 1 experts not updated, gradient not finite")
     state = json.loads((directory / "emergency_checkpoint" / "trainer_state.json").read_text())
     assert state["step"] == 3
+    logged = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert {row["step"]: row["experts_refused"] for row in logged if "loss" in row} == {1: 0, 2: 1, 3: 0}
 
 
 def test_an_exception_within_a_step_saves_nothing(tmp_path):
