@@ -267,6 +267,12 @@ class TrainingArguments(Checked):
         None,
         "host memory for streamed experts with --expert-store nvme, e.g. 32GB (default: half of what is free)",
     )
+    expert_parallel_size: int | None = option(
+        None,
+        "GPUs that share the experts of a layer, with resident experts; divides both their number and the GPUs' "
+        "(default: the JSON's rule, or as many as can)",
+        minimum=1,
+    )
     deepspeed_config: str | None = option(
         None,
         "DeepSpeed JSON: a path or a name in deepspeed_configs (default: by preset, placement and machine)",

@@ -41,13 +41,15 @@ OWNED_BY_FLAGS = {
     "dataloader_drop_last": "--batch-size",
 }
 
+# Read here and kept from DeepSpeed, which would put layers of its own in place of ours.
+EXPERT_PARALLEL = "expert_parallel"
+
 # Read by DeepSpeed, but meant for engines and training loops that this project does not use.
 WITHOUT_EFFECT = (
     "autotuning",
     "compile",
     "data_parallel_group",
     "datastates_ckpt",
-    "expert_parallel",
     "hybrid_engine",
     "managed_gradient_accumulation",
     "pipeline",
@@ -152,7 +154,7 @@ def load(
         fp16 itself and `--precision` is not given.
     Raises:
         UserError: no such file, not JSON, keys unknown or owned by a flag, values that DeepSpeed refuses,
-            precision set in both places, an offload section that does not fit the placement.
+            precision set in both places, a section that does not fit the placement.
     """
     file = _find(path)
     config = _read(file)
@@ -163,11 +165,17 @@ def load(
             raise UserError(f"{file}: {key} is set by {OWNED_BY_FLAGS[key]}: take it out of the JSON")
         if key in WITHOUT_EFFECT:
             raise UserError(f"{file}: {key} has no effect in this trainer: take it out of the JSON")
+    autoep_size = _autoep_size(file, config)
+    if placement != "resident" and autoep_size != "auto":
+        raise UserError(
+            f"{file}: {EXPERT_PARALLEL}.autoep_size {autoep_size} has no effect on {placement} experts: "
+            'write "auto", or use --placement resident'
+        )
     sections = {"zero_optimization": {}} | {
-        key: value for key, value in config.items() if key not in BATCH_KEYS
+        key: value for key, value in config.items() if key not in (*BATCH_KEYS, EXPERT_PARALLEL)
     }
     _fill_precision(file, sections, args, precision)
-    _check_section(str(file), sections, top_level(), offered=[*BATCH_KEYS])
+    _check_section(str(file), sections, top_level(), offered=[*BATCH_KEYS, EXPERT_PARALLEL])
     sections["zero_optimization"] = {"stage": 0} | sections["zero_optimization"]
     _check_placement(file, sections["zero_optimization"], placement)
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
@@ -191,6 +199,47 @@ def placement_of(path: str | os.PathLike) -> str:
     if _offloads(zero, "offload_param"):
         return "zero3"
     return "streamed" if _offloads(zero, "offload_optimizer") else "auto"
+
+
+def autoep_size(path: str | os.PathLike) -> int | str:
+    """What `expert_parallel.autoep_size` of a JSON says: GPUs that share the experts of a layer, or "auto", which
+    is also what a JSON without that section means. Raises UserError."""
+    file = _find(path)
+    return _autoep_size(file, _read(file))
+
+
+def resolve_expert_parallel(
+    num_experts: int, world_size: int, flag: int | None, json_value: int | str, json_is_default: bool
+) -> int:
+    """How many ranks share the experts of a layer: a divisor of both the experts and the ranks.
+
+    Args:
+        flag: --expert-parallel-size.
+        json_value: `autoep_size` of the JSON. "auto": as many as can.
+        json_is_default: whether nobody named the JSON; its number is then an upper bound that the flag overrides.
+    Raises:
+        UserError: the flag beside a number in a JSON that was named, or a size that does not divide both.
+    """
+    common = math.gcd(num_experts, world_size)
+    valid = [size for size in range(1, common + 1) if common % size == 0]
+    if flag is not None and json_value != "auto" and not json_is_default:
+        raise UserError(
+            f"--expert-parallel-size {flag} and the JSON's {EXPERT_PARALLEL}.autoep_size {json_value} are both "
+            'given: leave the flag out or write "auto" there'
+        )
+    asked = json_value if flag is None else flag
+    if asked == "auto":
+        return common
+    if flag is None and json_is_default:
+        return max(size for size in valid if size <= asked)
+    if asked not in valid:
+        name = f"{EXPERT_PARALLEL}.autoep_size" if flag is None else "--expert-parallel-size"
+        near = [*[size for size in valid if size < asked][-1:], *[size for size in valid if size > asked][:1]]
+        raise UserError(
+            f"{name} {asked} does not divide both {num_experts} experts and {world_size} ranks: "
+            f"use {' or '.join(map(str, near))}"
+        )
+    return asked
 
 
 def precision_of(config: dict[str, Any]) -> str:
@@ -249,6 +298,24 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{file}: expected an object of DeepSpeed settings")
     return config
+
+
+def _autoep_size(file: Path, config: dict[str, Any]) -> int | str:
+    section = config.get(EXPERT_PARALLEL, {})
+    if not isinstance(section, dict):
+        raise UserError(f"{file}: {EXPERT_PARALLEL} must be an object")
+    for key in section:
+        if key != "autoep_size":
+            near = did_you_mean(key, ["autoep_size"])
+            raise UserError(
+                f"{file}: {EXPERT_PARALLEL}.{key} has no effect in this trainer{near or ': take it out'}"
+            )
+    size = section.get("autoep_size", "auto")
+    if size != "auto" and not (_is_a(size, int) and size >= 1):
+        raise UserError(
+            f'{file}: {EXPERT_PARALLEL}.autoep_size must be "auto" or a whole number from 1, not {size!r}'
+        )
+    return size
 
 
 def _fill_precision(file: Path, sections: dict[str, Any], args: TrainingArguments, precision: str) -> None:

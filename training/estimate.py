@@ -54,20 +54,26 @@ def estimate(
     checkpointing: bool,
     world_size: int,
     stream: StreamPlan | None = None,
+    expert_parallel: int = 1,
 ) -> MemoryEstimate:
     """Weights, gradients, AdamW state and activations under a placement and a ZeRO stage.
 
     A weight in training takes 2 bytes, its gradient 2, master copy and moments 12 (fp32 throughout: 4, 4, 8).
-    ZeRO divides state from stage 1, gradients from 2, weights from 3 by the ranks.
+    ZeRO divides state from stage 1, gradients from 2, weights from 3 by the ranks. Of the experts a rank of an
+    expert-parallel group has one part in `expert_parallel`, which ZeRO divides by the world_size /
+    expert_parallel ranks that have the same part. Activations are those of an even load.
     """
     weight, state = (4, 8) if precision == "fp32" else (2, 12)
     zero = ds_config["zero_optimization"]
+    experts = config.num_hidden_layers * config.num_experts * config.expert_params()
     stage, parameters = zero["stage"], config.num_params()
     if stream is not None:
-        parameters -= config.num_hidden_layers * config.num_experts * config.expert_params()
-    share = [1 / world_size if stage >= needed else 1 for needed in (3, 2, 1)]
+        parameters -= experts
+    local = parameters - experts * (1 - 1 / expert_parallel)
+    # A part of the experts over the ranks that have the same part is a part over all ranks.
+    on_rank = [parameters / world_size if stage >= needed else local for needed in (3, 2, 1)]
     weights, gradients, states = (
-        parameters * size * part for size, part in zip((weight, weight, state), share, strict=True)
+        count * size for count, size in zip(on_rank, (weight, weight, state), strict=True)
     )
     tokens = micro_batch_size * max_length
     width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
@@ -87,19 +93,19 @@ def estimate(
         min(tokens, LOSS_CHUNK) * (4 + weight) + width * (weight + 4 * (tokens > LOSS_CHUNK))
     )
     # In the update DeepSpeed holds the gradients flat and once more in fp32, when activations are gone.
-    peak = max(activations, 0 if precision == "fp32" else 6 * parameters * share[2])
-    if placement != "resident" and stage == 3:
-        # On the device: what is fetched at once, and one gradient bucket.
+    peak = max(activations, 0 if precision == "fp32" else 6 * on_rank[2])
+    working = 0.0
+    if stage == 3:
+        # On the device: what is fetched at once, and one gradient bucket. A resident bank is fetched whole.
+        bank = experts / config.num_hidden_layers / expert_parallel if placement == "resident" else 0
         live = zero.get("stage3_max_live_parameters", 1e9) + zero.get("stage3_prefetch_bucket_size", 5e7)
-        live = max(live, config.vocab_size * width)
-        page = page_size * config.expert_params() if stream is None else 0
-        working = weight * (
-            min(live, parameters) + page + min(zero.get("reduce_bucket_size", 5e8), parameters)
-        )
+        live = max(live, config.vocab_size * width, bank)
+        page = page_size * config.expert_params() if placement == "zero3" else 0
+        working = weight * (min(live, local) + page + min(zero.get("reduce_bucket_size", 5e8), local))
     if placement == "zero3":
         return MemoryEstimate(activations + working, weights + gradients + states)
     if stream is None:
-        return MemoryEstimate(weights + gradients + states + peak, 1.5e9)
+        return MemoryEstimate(weights + gradients + states + peak + working, 1.5e9)
     # Rows of a layer on their way through its experts, and what a page holds inside of them.
     rows = tokens * config.num_experts_per_tok * weight
     inside = 6 * config.moe_intermediate_size * stream.page_size / config.num_experts

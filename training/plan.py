@@ -37,6 +37,8 @@ class Plan:
     world_size: int
     idle_flags: tuple[str, ...] = ()
     """What was set for experts in host memory, when it turned out that they fit on the GPU."""
+    expert_parallel: int = 1
+    """Ranks that share the experts of a layer; 1 where each has all of them."""
 
     def lines(self, args: TrainingArguments, max_length: int) -> list[str]:
         """The plan for a person."""
@@ -46,12 +48,13 @@ class Plan:
             pages += f" in {self.stream.num_slots} slots, {self.stream.state} optimizer state"
         if self.stream and self.stream.disk_layers:
             pages += f", {self.stream.disk_layers} layers ({self.stream.disk / 1e9:,.2f} GB) on the disk"
+        shared = f", shared by groups of {self.expert_parallel} ranks" * (self.expert_parallel > 1)
         return [
             f"model       {self.config.num_params() / 1e6:,.1f}M parameters, "
             + f"{self.config.active_params() / 1e6:,.1f}M active; "
             + f"{self.config.num_experts} experts, {self.config.num_experts_per_tok} active"
             + (f" of a pool of {self.config.expert_pool}" if self.config.routing == "step" else ""),
-            f"placement   {self.placement}{pages}; {self.json_path.name} "
+            f"placement   {self.placement}{pages}{shared}; {self.json_path.name} "
             f"(ZeRO stage {self.ds_config['zero_optimization']['stage']}); "
             f"{self.precision} on {self.world_size} x {self.device}",
             f"batch       {micro} rows x {accumulation} microbatches x {self.world_size} ranks = "
@@ -130,6 +133,15 @@ def make_plan(
         elif placement == "streamed":
             stream = plan_stream(config, args, deepspeed_config.precision_of(ds_config), world_size, device)
             page_size = stream.page_size
+        expert_parallel = 1
+        if placement == "resident":
+            expert_parallel = deepspeed_config.resolve_expert_parallel(
+                config.num_experts,
+                world_size,
+                args.expert_parallel_size,
+                deepspeed_config.autoep_size(path),
+                json_is_default=not args.deepspeed_config,
+            )
         memory = estimate(
             config,
             ds_config,
@@ -141,10 +153,11 @@ def make_plan(
             checkpointing=args.gradient_checkpointing,
             world_size=world_size,
             stream=stream,
+            expert_parallel=expert_parallel,
         )
         return Plan(
             config, device, deepspeed_config.precision_of(ds_config), placement, page_size, stream,
-            Path(path), ds_config, memory, world_size,
+            Path(path), ds_config, memory, world_size, expert_parallel=expert_parallel,
         )  # fmt: skip
 
     placement, room = args.requested_placement, FIT * _device_memory(device)
@@ -189,6 +202,7 @@ def idle_expert_flags(args: TrainingArguments, placement: str) -> dict[str, str]
         ("--expert-state", args.expert_state, "streamed"),
         ("--nvme-path", args.nvme_path, "streamed"),
         ("--expert-page-size", args.expert_page_size, "streamed or zero3"),
+        ("--expert-parallel-size", args.expert_parallel_size, "resident"),
     )
     return {
         f"{flag} {value}": placements

@@ -1,20 +1,27 @@
 """Every shipped JSON is one DeepSpeed takes; every mistake in one is named."""
 
 import json
+import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from model.presets import PRESETS, preset_config
 from training.config import TrainingArguments, UserError
 from training.deepspeed_config import (
     DIRECTORY,
     NOMINAL_PARAMETERS,
+    autoep_size,
     check_nvme,
     default_path,
     load,
     nearest_preset,
     placement_of,
     precision_of,
+    resolve_expert_parallel,
 )
+from training.estimate import estimate
 
 SHIPPED = sorted(path.name for path in DIRECTORY.glob("*.json"))
 MACHINES = ("consumer", "consumer_nvme", "a100_node", "a100_cluster")
@@ -161,6 +168,22 @@ def test_nearest_preset(parameters, preset):
         ({"scheduler": {}}, "scheduler is set by --lr-scheduler"),
         ({"wandb": {"enabled": True}}, "wandb is set by --report-to"),
         ({"tensor_parallel": {}}, "tensor_parallel has no effect"),
+        ({"expert_paralel": {}}, "did you mean expert_parallel?"),
+        ({"expert_parallel": 8}, "expert_parallel must be an object"),
+        (
+            {"expert_parallel": {"autoep_sise": 8}},
+            "expert_parallel.autoep_sise has no effect in this trainer: did",
+        ),
+        (
+            {"expert_parallel": {"enabled": True}},
+            "expert_parallel.enabled has no effect in this trainer: take it",
+        ),
+        (
+            {"expert_parallel": {"autoep_size": 0}},
+            'autoep_size must be "auto" or a whole number from 1, not 0',
+        ),
+        ({"expert_parallel": {"autoep_size": True}}, "or a whole number from 1, not True"),
+        ({"expert_parallel": {"autoep_size": "8"}}, "or a whole number from 1, not '8'"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "both enabled"),
         ({"bf16": True}, "bf16 must be an object"),
         ({"fp16": {"enabled": True, "loss_scale": -1}}, "fp16.loss_scale"),
@@ -245,3 +268,77 @@ def test_nvme_needs_libaio(tmp_path):
 def test_no_offload_needs_no_disk():
     check_nvme({})
     check_nvme({"zero_optimization": {"stage": 1}})
+
+
+def test_expert_parallelism_is_kept_from_deepspeed(tmp_path):
+    """Its own would put other layers in the place of ours."""
+    for size in ("auto", 8):
+        config = load_text(tmp_path, {"expert_parallel": {"autoep_size": size}})
+        assert "expert_parallel" not in config
+        assert autoep_size(tmp_path / "ds.json") == size
+    assert autoep_size("cpu.json") == "auto"
+    with pytest.raises(UserError, match=r"autoep_size 8 has no effect on streamed experts: write \"auto\""):
+        load_text(tmp_path, {"expert_parallel": {"autoep_size": 8}}, placement="streamed")
+    load_text(tmp_path, {"expert_parallel": {"autoep_size": "auto"}}, placement="streamed")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_shipped_files_share_experts_within_a_machine(preset):
+    experts = PRESETS[preset].num_experts
+    assert autoep_size(f"{preset}_a100_node") == "auto"
+    bound = autoep_size(f"{preset}_a100_cluster")
+    assert resolve_expert_parallel(experts, 64, None, bound, True) == bound == 8
+
+
+sizes = st.integers(1, 300)
+
+
+@given(sizes, sizes, sizes, sizes, st.booleans())
+def test_experts_and_ranks_are_divided_whatever_is_asked(experts, ranks, flag, number, json_is_default):
+    """Or an error, whose way out is none."""
+    whole = [size for size in range(1, 301) if experts % size == 0 == ranks % size]
+    assert resolve_expert_parallel(experts, ranks, None, "auto", json_is_default) == whole[-1]
+    bounded = max(size for size in whole if size <= number)
+    assert resolve_expert_parallel(experts, ranks, None, number, True) == bounded
+    for asked, arguments, name in (
+        (flag, (flag, "auto", json_is_default), "--expert-parallel-size"),
+        (flag, (flag, number, True), "--expert-parallel-size"),
+        (number, (None, number, False), "expert_parallel.autoep_size"),
+    ):
+        if asked in whole:
+            assert resolve_expert_parallel(experts, ranks, *arguments) == asked
+            continue
+        with pytest.raises(UserError) as error:
+            resolve_expert_parallel(experts, ranks, *arguments)
+        assert str(error.value).startswith(
+            f"{name} {asked} does not divide both {experts} experts and {ranks} ranks"
+        )
+        offered = [int(size) for size in str(error.value).split("use ")[1].split(" or ")]
+        nearest = [
+            *[size for size in whole if size < asked][-1:],
+            *[size for size in whole if size > asked][:1],
+        ]
+        assert offered == nearest and offered
+    with pytest.raises(UserError, match=r"--expert-parallel-size .* are both given"):
+        resolve_expert_parallel(experts, ranks, flag, number, False)
+
+
+def test_the_readme_tells_the_gpu_memory_of_the_a100_files():
+    """As `estimate` has it for one row of one token, rounded up."""
+    lines = (DIRECTORY / "README.md").read_text().splitlines()
+    header = next(line for line in lines if line.startswith("| preset |"))
+    machines = [(m, int(header.split(f"`a100_{m}`, ")[1].split()[0])) for m in ("node", "cluster")]
+    assert machines == [("node", 8), ("cluster", 16)]
+    for preset in PRESETS:
+        told = next(line for line in lines if line.startswith(f"| `{preset}` |")).strip("| ").split(" | ")
+        for cell, (machine, ranks) in zip(told[-2:], machines, strict=True):
+            name = f"{preset}_a100_{machine}"
+            shared = resolve_expert_parallel(
+                PRESETS[preset].num_experts, ranks, None, autoep_size(name), True
+            )
+            found = estimate(
+                preset_config(preset), json.loads((DIRECTORY / f"{name}.json").read_text()), placement="resident",
+                page_size=None, precision="bf16", micro_batch_size=1, max_length=1, checkpointing=False,
+                world_size=ranks, expert_parallel=shared,
+            )  # fmt: skip
+            assert cell == f"{math.ceil(found.device / 1e8) / 10} GB"

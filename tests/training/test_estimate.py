@@ -28,16 +28,17 @@ def of(config=None, zero=None, **overrides) -> MemoryEstimate:
     return estimate(config or preset_config("1B"), ds_config, **{**settings, **overrides})
 
 
-def state_bytes(stage: int, world_size: int, precision: str = "bf16", rows: int = 1) -> float:
+def state_bytes(
+    stage: int, world_size: int, precision: str = "bf16", rows: int = 1, expert_parallel: int = 1
+) -> float:
     """Bytes a parameter on each device: what two experts more cost, without what grows with tokens.
 
     With few rows the peak is in the update, with many in backward.
     """
     few, many = preset_config("1B", num_experts=16), preset_config("1B", num_experts=18)
-    sizes = [
-        of(config, {"stage": stage}, world_size=world_size, precision=precision, micro_batch_size=rows).device
-        for config in (few, many)
-    ]
+    zero = {**TIGHT, "stage": stage, "stage3_max_live_parameters": 2e8}
+    settings = {"world_size": world_size, "precision": precision, "expert_parallel": expert_parallel}
+    sizes = [of(config, zero, micro_batch_size=rows, **settings).device for config in (few, many)]
     return (sizes[1] - sizes[0]) / (many.num_params() - few.num_params())
 
 
@@ -57,6 +58,28 @@ def test_the_update_holds_gradients_flat_and_in_fp32():
 def test_zero_divides_by_the_ranks(stage, expected):
     assert state_bytes(stage, 1, rows=1000) == pytest.approx(16)
     assert state_bytes(stage, 4, rows=1000) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [(0, 16 / 2), (1, 4 / 2 + 12 / 8), (2, 2 / 2 + 14 / 8), (3, 16 / 8)],
+)
+def test_expert_parallelism_divides_what_zero_does_not(stage, expected):
+    """Two more experts, one a rank: of 8 ranks, 4 have the same."""
+    assert state_bytes(stage, 8, rows=1000, expert_parallel=2) == pytest.approx(expected, rel=1e-3)
+
+
+def test_zero3_of_resident_experts_holds_what_is_fetched():
+    """The window, but the bank of a layer at least, of which expert parallelism leaves a part."""
+    config = preset_config("3B")
+    wide = {**TIGHT, "stage3_max_live_parameters": 5e8}
+    tight, open_window, shared = (
+        of(config, zero, world_size=8, expert_parallel=ep).device
+        for zero, ep in ((TIGHT, 1), (wide, 1), (TIGHT, 8))
+    )
+    bank = config.num_experts * config.expert_params()
+    assert open_window - tight == pytest.approx(2 * (5e8 + 1e6 - bank))
+    assert tight - shared == pytest.approx(2 * (bank - config.vocab_size * config.hidden_size))
 
 
 def test_offloaded_pages_cost_host_memory_and_no_device_memory():

@@ -48,6 +48,39 @@ def test_a_memory_counts_in_the_plan():
     assert recomputed.memory.device < more.memory.device
 
 
+def test_resident_experts_are_shared_by_as_many_ranks_as_can():
+    """Fewer where the flag says so; and memory is counted by it, 16 bytes an expert's value in fp32."""
+    config = preset_config("1B")
+    plans = [
+        plan_of(config, placement="resident", world_size=16, expert_parallel_size=size)
+        for size in (None, 2, 1)
+    ]
+    assert [plan.expert_parallel for plan in plans] == [16, 2, 1]
+    experts = config.num_hidden_layers * config.num_experts * config.expert_params()
+    all_of_them, half, least = (plan.memory.device for plan in reversed(plans))
+    assert all_of_them - half == 16 * experts / 2 and half - least == 16 * experts * (1 / 2 - 1 / 16)
+    assert "shared by groups of 2 ranks" in plans[1].lines(TrainingArguments(), 64)[1]
+    assert "shared" not in plans[2].lines(TrainingArguments(), 64)[1]
+    assert plan_of(config, placement="auto", world_size=6).expert_parallel == 2
+    assert plan_of(config).expert_parallel == plan_of(config, placement="zero3").expert_parallel == 1
+
+
+def test_a_json_that_nobody_named_bounds_the_ranks_that_share_experts(monkeypatch):
+    monkeypatch.setenv("CROSS_SIZE", "3")  # machines, as the launcher says
+    monkeypatch.setattr("training.plan._device_memory", lambda _device: 80e9)  # this one may have no GPU
+    cluster = {"placement": "resident", "device": "cuda", "world_size": 24}
+    config = preset_config("13B")
+    assert plan_of(config, **cluster).expert_parallel == 8
+    assert plan_of(config, **cluster, expert_parallel_size=12).expert_parallel == 12
+    named = {**cluster, "deepspeed_config": "13B_a100_cluster"}
+    assert plan_of(config, **named).expert_parallel == 8
+    with pytest.raises(UserError, match=r"autoep_size 8 does not divide both .* 20 ranks: use 4"):
+        plan_of(config, **{**named, "world_size": 20})
+    with pytest.raises(UserError, match=r"--expert-parallel-size 4 .* are both given"):
+        plan_of(config, **named, expert_parallel_size=4)
+    assert plan_of(config, **{**cluster, "deepspeed_config": "13B_a100_node"}).expert_parallel == 24
+
+
 def test_streamed_experts_fill_their_budget():
     config = preset_config("1B")
     small, large = (plan_of(config, expert_vram=budget, precision="bf16") for budget in ("100MB", "400MB"))
@@ -78,6 +111,15 @@ def test_streamed_experts_fill_their_budget():
         ({"placement": "resident", "expert_vram": "1GB"}, ("--expert-vram 1GB", "--placement streamed")),
         ({"placement": "zero3", "expert_state": "bf16"}, ("--expert-state bf16", "--placement streamed")),
         ({"placement": "resident", "expert_page_size": 2}, ("--expert-page-size 2", "streamed or zero3")),
+        ({"expert_parallel_size": 2}, ("--expert-parallel-size 2", "streamed", "--placement resident")),
+        (
+            {"placement": "zero3", "expert_parallel_size": 2},
+            ("--expert-parallel-size 2", "zero3", "--placement resident"),
+        ),
+        (
+            {"placement": "resident", "expert_parallel_size": 3, "world_size": 4},
+            ("--expert-parallel-size 3", "8 experts and 4 ranks", "use 2 or 4"),
+        ),
         (
             {"placement": "auto", "deepspeed_config": "cpu_zero3", "expert_vram": "1GB"},
             ("--expert-vram 1GB", "zero3", "--placement streamed"),
