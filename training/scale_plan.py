@@ -6,9 +6,9 @@ rank, K experts a token uses, D model width, L layers. Bytes are those of bf16 a
 
 A step: the all-to-all of the experts stands in the way of the computation, since nothing can be computed before
 the rows are there; so does what ZeRO gathers after the update. What overlaps with the computation (gradients of
-ZeRO 1 and 2 with backward, everything of ZeRO-3, pages of streamed experts) costs what is left of it when the
-computation it can hide behind is over. Not counted: the update itself, the data, uneven experts, kernels too small
-to fill the GPU.
+ZeRO 1 and 2 with backward, everything of ZeRO-3, pages of streamed experts) costs what is left of it when OVERLAP
+of the computation it can hide behind is over. Not counted: the update itself, the data, uneven experts, kernels
+too small to fill the GPU.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 # Both fitted to the four rows of benchmarks/results/train_step_resident.json, one H200.
 PEAK_SHARE = 0.35  # of a GPU's peak
 LAYER_SECONDS = 8e-3  # of a layer and microbatch, whatever its tokens: kernels to start, hooks, the update
+OVERLAP = 0.5  # assumed: of a computation that could hide communication, the part that does
+FETCH_SECONDS = 5e-4  # of Python for each module that ZeRO-3 fetches; measured with one H200
+FETCHED = 6  # such modules of a layer: four projections of attention, the router, the bank
 ALIKE = 1.02  # steps that differ by less are equally fast: the estimate is no finer
 ZERO_3 = "13B_a100_cluster.json"  # whose window of ZeRO-3 every preset takes
 PLAN_SWITCHES = ("--plan", "--offload-to-cpu", "--no-offload-to-cpu")
@@ -79,13 +82,15 @@ class Load:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a step moves: three kinds of collectives, and a GPU's bytes from the host (`up`) and to it (`down`)."""
+    """What a step moves: three kinds of collectives, a GPU's bytes from the host (`up`) and to it (`down`), and
+    how many modules ZeRO-3 fetches for it."""
 
     all_to_all: Load = Load()
     gather: Load = Load()
     reduce: Load = Load()
     up: float = 0.0
     down: float = 0.0
+    fetches: int = 0
 
 
 @dataclass(frozen=True)
@@ -117,17 +122,18 @@ def step_flops(config: PragnosiaConfig, max_length: int, *, streamed: bool, reco
     """FLOPs of a token in a step.
 
     A weight that it meets costs 2 in forward and 4 in backward, causal attention over rows of S tokens 2 S H C in
-    forward (H heads of size C) and twice that in backward. Recomputed activations cost the forward once more; of
-    streamed experts two thirds of it, always.
+    forward (H heads of size C) and twice that in backward. Recomputed activations cost the forward once more,
+    except that of the head; those inside streamed experts two thirds of it, always.
     """
+    head = config.vocab_size * config.hidden_size
     experts = config.num_hidden_layers * config.num_experts_per_tok * config.expert_params()
-    dense = config.active_params() - experts
-    if not config.tie_word_embeddings:
-        dense -= config.vocab_size * config.hidden_size  # looked up, not multiplied
+    layers = config.active_params() - experts - head * (1 if config.tie_word_embeddings else 2)
     heads = config.num_attention_heads * config.head_dim
     attention = config.num_hidden_layers * 2 * max_length * heads
     passes = 4 if recomputed else 3
-    return passes * (2 * dense + attention) + (3 + 2 / 3 if streamed else passes) * 2 * experts
+    return (
+        3 * 2 * head + passes * (2 * layers + attention) + (3 + 2 / 3 if streamed else passes) * 2 * experts
+    )
 
 
 def compute_time(
@@ -219,12 +225,13 @@ def traffic_of(
     recomputed, ep, stage = args.gradient_checkpointing, combination.expert_parallel, combination.stage
     experts = layers * config.num_experts * config.expert_params()
     dense, calls = config.num_params() - experts, layers if stage == 3 else 1
+    fetches = FETCHED * layers * (2 + recomputed) * microbatches if stage == 3 else 0
     gather, reduce = zero_traffic(ring(2 * dense, 1, cluster, calls), stage, microbatches, recomputed)
     if combination.placement == "resident":
         banks = ring(2 * experts / ep, ep, cluster, calls)
         bank_gather, bank_reduce = zero_traffic(banks, stage, microbatches, recomputed)
         rows = all_to_all(config, tokens, layers * microbatches * (4 + recomputed), ep, cluster)
-        return Traffic(rows, gather + bank_gather, reduce + bank_reduce)
+        return Traffic(rows, gather + bank_gather, reduce + bank_reduce, fetches=fetches)
     if config.routing == "step":
         experts *= config.expert_pool / config.num_experts
     whole = ring(2 * experts, 1, cluster, layers)
@@ -236,11 +243,12 @@ def traffic_of(
     )
     zero = combination.zero
     if "offload_optimizer" in zero:
-        fetches = (2 + recomputed) * microbatches if "offload_param" in zero else 1
-        up, down = (
-            size + 2 * times * dense / cluster.gpus for size, times in ((up, fetches), (down, microbatches))
-        )
-    return Traffic(Load(), gather + whole * 2 * microbatches, reduce + whole * microbatches, up, down)
+        times = (2 + recomputed) * microbatches if "offload_param" in zero else 1
+        up += 2 * times * dense / cluster.gpus
+        down += 2 * microbatches * dense / cluster.gpus
+    return Traffic(
+        Load(), gather + whole * 2 * microbatches, reduce + whole * microbatches, up, down, fetches
+    )
 
 
 def waiting_time(
@@ -248,18 +256,18 @@ def waiting_time(
 ) -> tuple[float, float]:
     """(communication, the part of it that computation does not hide), seconds of a step.
 
-    resident: all-to-all + what cannot overlap + max(0, what can - the computation that it can hide behind):
-    ZeRO 0 nothing overlaps; 1, the reduction with the last microbatch's backward; 2, with every backward;
+    resident: all-to-all + what cannot overlap + max(0, what can - OVERLAP × the computation that it can hide
+    behind): ZeRO 0 nothing overlaps; 1, the reduction with the last microbatch's backward; 2, with every backward;
     3, gathers too, with everything. Backward is 2/3 of the computation, 3/4 where activations are recomputed.
-    streamed: the reduction + max(0, max(PCIe, gathers) - computation); without NVLink gathers go over PCIe too, so
-    both are added.
+    streamed: the reduction + max(0, max(PCIe, gathers) - OVERLAP × computation); without NVLink gathers go over
+    PCIe too, so both are added. ZeRO-3 costs FETCH_SECONDS a fetch besides.
     """
     gather, reduce = traffic.gather.seconds(cluster), traffic.reduce.seconds(cluster)
-    exchange = traffic.all_to_all.seconds(cluster)
+    fixed = traffic.all_to_all.seconds(cluster) + traffic.fetches * FETCH_SECONDS
     if combination.placement == "streamed":
         pcie = max(traffic.up, traffic.down) / cluster.pcie_rate
         hidden = max(pcie, gather) if cluster.gpu.nvlink else pcie + gather
-        return pcie + gather + reduce, reduce + max(0.0, hidden - compute)
+        return fixed + pcie + gather + reduce, fixed + reduce + max(0.0, hidden - OVERLAP * compute)
     backward = compute * (3 / 4 if args.gradient_checkpointing else 2 / 3)
     open_, hidden, room = (
         (gather + reduce, 0.0, 0.0),
@@ -267,7 +275,7 @@ def waiting_time(
         (gather, reduce, backward),
         (0.0, gather + reduce, compute),
     )[combination.stage]
-    return exchange + gather + reduce, exchange + open_ + max(0.0, hidden - room)
+    return fixed + gather + reduce, fixed + open_ + max(0.0, hidden - OVERLAP * room)
 
 
 def forecast(
@@ -366,8 +374,8 @@ def _zero(name: str, stage: int) -> tuple[dict, str | None]:
 def best(forecasts: Iterable[Forecast]) -> Forecast | None:
     """The fastest that fits; None where nothing does.
 
-    Of those that are as fast (ALIKE), the plainest: resident experts, then the lowest stage of ZeRO, then the least
-    GPU memory.
+    Of those that are as fast (ALIKE), the plainest: resident experts, what a shipped JSON has, an optimizer that
+    stays on the GPU; then the least GPU memory.
     """
     fitting = [found for found in forecasts if found.fits]
     limit = ALIKE * min((found.step for found in fitting), default=0.0)
@@ -375,14 +383,15 @@ def best(forecasts: Iterable[Forecast]) -> Forecast | None:
 
     def order(found: Forecast) -> tuple:
         chosen = found.combination
-        return chosen.placement != "resident", chosen.stage, found.memory.device
+        plain = (chosen.placement == "resident", chosen.json is not None, chosen.json not in STREAMED[1:])
+        return *(not merit for merit in plain), found.memory.device
 
     return min(alike, key=order, default=None)
 
 
 COLUMNS = (
-    "experts", "ZeRO", "ep", "GPU", "host", "all-to-all", "gather", "reduce", "PCIe", "compute", "waiting", "step",
-    "tokens/s", "fits",
+    "experts", "ZeRO", "ep", "GPU", "host", "all-to-all", "gather", "reduce", "PCIe", "compute",
+    "communication", "step", "tokens/s", "fits",
 )  # fmt: skip
 
 
@@ -400,7 +409,7 @@ def cells(found: Forecast) -> tuple[str, ...]:
         f"{ranks * found.memory.host / 1e9:.0f}",
         *(f"{load.local / 1e9:.1f} + {load.network / 1e9:.1f}" for load in loads),
         f"{traffic.up / 1e9:.1f}, {traffic.down / 1e9:.1f}",
-        *(f"{1000 * seconds:,.0f}" for seconds in (found.compute, found.waiting, found.step)),
+        *(f"{1000 * seconds:,.0f}" for seconds in (found.compute, found.communication, found.step)),
         f"{found.tokens_per_second:,.0f}",
         "yes" if found.fits else "no",
     )
@@ -475,11 +484,11 @@ def plan_lines(
     lines = [
         f"model       {parameters / 1e6:,.1f}M parameters, {config.active_params() / 1e6:,.1f}M active; "
         f"{config.num_experts} experts, {config.num_experts_per_tok} active",
-        f"cluster     {cluster.gpus} GPU{'s' * (cluster.gpus > 1)} in {cluster.machines} machine{'s' * (cluster.machines > 1)}: "
+        f"cluster     machines x GPUs: {cluster.machines} x {cluster.gpus_here}; "
         f"{gpu.memory / 1e9:.0f} GB, {gpu.flops / 1e12:.0f} TFLOP/s, {peers}, PCIe {gpu.pcie / 1e9:.0f} GB/s"
         f"{network}, each way ({gpu.source})",
         f"assumed     {PEAK_SHARE:.0%} of the TFLOP/s, {1000 * LAYER_SECONDS:.0f} ms more a layer and microbatch, "
-        f"{share}, {NETWORK_SHARE:.0%} of the network, "
+        f"{share}, {NETWORK_SHARE:.0%} of the network, {OVERLAP:.0%} of overlap, "
         f"{cluster.pcie_rate / gpu.pcie:.0%} of PCIe; all experts equally busy",
         f"batch       {micro} rows x {accumulation} microbatches x {cluster.gpus} ranks = "
         f"{micro * accumulation * cluster.gpus} rows of {max_length} tokens a step",
