@@ -6,6 +6,7 @@ deepspeed --num_gpus 8 train_ds.py --model-size 3B --dataset chat:2,my.jsonl:1
 python train_ds.py --model-size tiny --device cpu --max-steps 20
 python train_ds.py --resume outputs/pragnosia_1B_16experts_20260101-120000
 python train_ds.py --model-size 13B --dry-run                # print the resolved settings and stop
+python train_ds.py --model-size 13B --plan --gpus 64 --gpu a100-80 --interconnect 200Gb   # before there are GPUs
 """
 
 import json
@@ -26,6 +27,8 @@ def main() -> int:
 
         print(list_datasets())
         return 0
+    if run.plan:
+        return plan(run)
     if run.training.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed looks for a GPU
     if run.training.deterministic:
@@ -109,6 +112,26 @@ def dry_run(run: RunArguments) -> int:
     )
     print(json.dumps({**settings_of(run), "deepspeed": plan.ds_config}, indent=1))
     print("\n".join(plan.lines(run.training, run.data.max_length)))
+    return 0
+
+
+def plan(run: RunArguments) -> int:
+    """Print an estimate for GPUs that need not be here, and the command that would run there."""
+    from model.presets import size_of
+    from training.components import add_components
+    from training.scale_plan import plan_lines
+
+    config, _, _ = starting_point(run)
+    add_components(config, run.training, **asked_components(run, config))
+    lines = plan_lines(
+        config,
+        run.training,
+        run.plan.cluster,
+        size=size_of(config),
+        max_length=run.data.max_length,
+        argv=run.argv,
+    )
+    print("\n".join(lines))
     return 0
 
 

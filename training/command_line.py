@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.cluster import ClusterArguments
 from training.config import (
     CacheArguments,
     DataArguments,
@@ -41,6 +42,8 @@ class RunArguments:
     list_datasets: bool
     local_rank: int
     argv: list[str]
+    plan: ClusterArguments | None
+    """What --plan plans for; None without it."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -136,8 +139,13 @@ def parse(argv: Sequence[str] | None = None, also_suggest: Sequence[str] = ()) -
     parser.add_argument(
         "--list-datasets", action="store_true", help="print the known datasets and their licences"
     )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="estimate memory and speed on other GPUs, for every way to share the experts, and stop",
+    )
     parser.add_argument("--local-rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
-    for settings in SETTINGS:
+    for settings in (*SETTINGS, ClusterArguments):
         add_options(parser, settings)
     given = vars(parser.parse_args(argv))
     values = _read_yaml(given["config"]) if given["config"] else {}
@@ -151,7 +159,11 @@ def parse(argv: Sequence[str] | None = None, also_suggest: Sequence[str] = ()) -
         settings(**{f.name: values[f.name] for f in dataclasses.fields(settings) if f.name in values})
         for settings in SETTINGS
     )
-    return RunArguments(*groups, given["dry_run"], given["list_datasets"], given["local_rank"], argv)
+    planned = {f.name: given[f.name] for f in dataclasses.fields(ClusterArguments) if f.name in given}
+    if planned and not given["plan"]:
+        raise UserError(f"--{next(iter(planned))} is for --plan: leave it out, or add --plan")
+    plan = ClusterArguments(**planned) if given["plan"] else None
+    return RunArguments(*groups, given["dry_run"], given["list_datasets"], given["local_rank"], argv, plan)
 
 
 def _recorded_settings(resume: str) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def estimate(
         # Gradients leave through two buckets as they come.
         host = 1.5e9 + stream_host + states + gradients
         in_host = stream is not None and stage == 3  # then the weights too
-        working = working if in_host else weights + 2 * weight * zero.get("reduce_bucket_size", 5e8)
+        working += 0 if in_host else weights + 2 * weight * zero.get("reduce_bucket_size", 5e8)
         return MemoryEstimate(working + activations + stream_device, host + in_host * weights)
     working = working if stream is None else 0.0
     peak = max(activations, peak) + working

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = parse(
             rest, also_suggest=[*parser._option_string_actions]
         )  # a bad option fails here, before any rank starts
-        if settings.list_datasets:
+        if settings.list_datasets or settings.plan:
             os.execv(sys.executable, alone)
         device = settings.training.device
     elif any(value is not None for value in (own.num_gpus, own.num_nodes, own.hostfile)):

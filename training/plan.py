@@ -131,7 +131,9 @@ def make_plan(
                     f"--expert-page-size {page_size} does not divide {config.num_experts} experts"
                 )
         elif placement == "streamed":
-            stream = plan_stream(config, args, deepspeed_config.precision_of(ds_config), world_size, device)
+            stream = plan_stream(
+                config, args, deepspeed_config.precision_of(ds_config), world_size, _device_memory(device)
+            )
             page_size = stream.page_size
         expert_parallel = 1
         if placement == "resident":
@@ -212,9 +214,9 @@ def idle_expert_flags(args: TrainingArguments, placement: str) -> dict[str, str]
 
 
 def plan_stream(
-    config: PragnosiaConfig, args: TrainingArguments, precision: str, world_size: int, device: str
+    config: PragnosiaConfig, args: TrainingArguments, precision: str, world_size: int, device_memory: float
 ) -> StreamPlan:
-    """Page size and slots within the budget, and what they take.
+    """Page size and slots within the budget, and what they take, on GPUs of that many bytes.
 
     Raises:
         UserError: fp16, a page larger than the bank, or a budget that one page exceeds.
@@ -237,7 +239,7 @@ def plan_stream(
     limit = parse_size("--expert-vram", args.expert_vram) if args.expert_vram else None
     chosen = choose_pages(config, limit, args.expert_page_size, **sizes)
     if limit is None:
-        ample = automatic_budget(_device_memory(device))
+        ample = automatic_budget(device_memory)
         chosen = choose_pages(config, ample, args.expert_page_size, **sizes) or chosen
     if chosen is None:
         page = args.expert_page_size or 1

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from training.cluster import ClusterArguments
 from training.command_line import SETTINGS, Parser, parse
 from training.config import DataArguments, ModelArguments, TrainingArguments, UserError, flag_of
 
@@ -32,7 +33,17 @@ USAGE_GUIDE = {
 def test_no_arguments_are_the_defaults():
     run = parse([])
     assert (run.model, run.data, run.training) == (ModelArguments(), DataArguments(), TrainingArguments())
-    assert not run.dry_run and not run.list_datasets
+    assert not run.dry_run and not run.list_datasets and run.plan is None
+
+
+def test_what_to_plan_for_is_no_setting_of_the_run():
+    run = parse(["--plan", "--gpus", "16", "--interconnect", "200Gb", "--model-size", "7B"])
+    assert run.plan == ClusterArguments(gpus=16, interconnect="200Gb")
+    assert parse(["--plan"]).plan == ClusterArguments()
+    with pytest.raises(UserError, match=r"^--gpus is for --plan: leave it out, or add --plan$"):
+        parse(["--gpus", "16"])
+    with pytest.raises(UserError, match=r"--gpu must be one of .*: did you mean h100\?"):
+        parse(["--plan", "--gpu", "h1000"])
 
 
 def test_usage_guide_names_and_defaults():
