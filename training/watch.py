@@ -140,10 +140,9 @@ class MpiWatch(Watch):
             killed = re.search(r"process rank (\d+) with PID \d+ on node (\S+) exited on signal (\d+)", told)
             exited = re.search(r"Process name: \[\[\d+,1\],(\d+)\]\s+Exit code: +(\d+)", told)
             what = f"mpirun stopped with exit code {code}: {told}"
-            if rank:
-                what = (
-                    f"{rank[2]}: rank {rank[1]} was killed by signal {rank[3]}. The other ranks were stopped."
-                )
+            if killed:
+                how = f"rank {killed[1]} was killed by signal {killed[3]}"
+                what = f"{killed[2]}: {how}. The other ranks were stopped."
             elif exited:
                 what = f"rank {exited[1]} stopped with exit code {exited[2]}. The other ranks were stopped."
             elif "unable to reliably start" in told:
