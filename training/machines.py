@@ -31,6 +31,7 @@ NO_SUCH_PLACE = 127
 # Settings of libraries; no secrets, since a command line can be read by everyone on the machine.
 EXPORTED = re.compile(r"(CUDA|DEEPSPEED|DS|GLOO|HF|NCCL|OMP|PYTHON|TORCH|TRITON|UCX|WANDB)")
 KEPT = re.compile(r"TOKEN|KEY|VISIBLE_DEVICES")
+OF_SSH = re.compile(r"ssh: |Host key|Timeout, server|Connection |client_loop|.*Permission denied \(")
 FAILED_RANK = re.compile(r"error: (rank \d+ (?:stopped|was killed).*)")
 
 
@@ -55,7 +56,8 @@ class Machines:
         }
         self.connections: dict[str, subprocess.Popen] = {}
         self.failed_ranks: dict[str, str] = {}  # machine -> what it said of its first rank that failed
-        self.last_words: dict[str, str] = {}  # machine -> last line of its standard error
+        self.ssh_words: dict[str, str] = {}  # machine -> what ssh said of the connection to it
+        self.last_words: dict[str, str] = {}  # machine -> last other line of its standard error
         self.codes: dict[str, int] = {}  # machine -> exit code other than 0, before any was told to stop
         self.interrupted: int | None = None
         self.times_told = 0
@@ -107,12 +109,13 @@ class Machines:
         for line in self.connections[host].stderr:
             if line.startswith("pdsh@"):
                 continue
-            self.last_words[host] = line.strip()
             if match := FAILED_RANK.match(line):
                 self.failed_ranks[host] = match[1]
-            elif not is_of_connection(line):
-                sys.stderr.write(line)
-                sys.stderr.flush()
+            elif OF_SSH.match(line):
+                self.ssh_words[host] = line.strip()
+            else:
+                self.last_words[host] = line.strip()
+                print(line, end="", file=sys.stderr, flush=True)
 
     def _running(self) -> list[str]:
         return [host for host, connection in self.connections.items() if connection.poll() is None]
@@ -161,7 +164,9 @@ class Machines:
         if host in self.failed_ranks:
             what = self.failed_ranks[host]
         elif code == 255:
+            words = self.ssh_words.get(host)
             what = f"no connection ({words}); ssh must work without a password. --node-rank needs no ssh."
+            what = what if words else "the connection was lost"
         elif code == NO_SUCH_PLACE:
             what = (
                 f"the repository and its environment must be where they are here, in {Path.cwd()} ({words})"
@@ -170,13 +175,6 @@ class Machines:
             what = f"stopped with exit code {code} ({words})"
         print(f"error: {host}: {what}", file=sys.stderr, flush=True)
         return code
-
-
-def is_of_connection(line: str) -> bool:
-    """Whether ssh says that it has no connection, which becomes part of the last line."""
-    return bool(
-        re.match(r"ssh: |Host key|Timeout, server|Connection |client_loop|.*Permission denied \(", line)
-    )
 
 
 def on_machine(command: Sequence[str]) -> str:

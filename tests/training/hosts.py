@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -64,6 +65,7 @@ def two_machines(folder: Path) -> Iterator[Hosts]:
             for name in hosts.names:
                 _run("ip", "netns", "add", name)
                 undo.callback(_run, "ip", "netns", "del", name)
+                undo.callback(_kill_all, name)
             _run(*f"ip link add eth0 netns {first} type veth peer name eth0 netns {second}".split())
             for name, address in zip(hosts.names, ADDRESSES, strict=True):
                 for words in (f"addr add {address}/24 dev eth0", "link set eth0 up", "link set lo up"):
@@ -94,5 +96,13 @@ def two_machines(folder: Path) -> Iterator[Hosts]:
         yield hosts
 
 
-def _run(*words: str) -> None:
-    subprocess.run(words, check=True, capture_output=True, env={**os.environ, "PATH": PATH})
+def _kill_all(name: str) -> None:
+    """Ends what a failed test has left running on a machine."""
+    for pid in _run("ip", "netns", "pids", name).split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+
+
+def _run(*words: str) -> str:
+    done = subprocess.run(words, check=True, capture_output=True, env={**os.environ, "PATH": PATH})
+    return done.stdout.decode()
