@@ -124,6 +124,8 @@ def prepare_run(
         file: takes the hostfile that DeepSpeed reads, with the machines and slots of this run alone.
     """
     hosts = chosen_hosts(own)
+    if own.launcher and own.node_rank is not None:
+        raise UserError(f"--node-rank starts this machine alone: leave out --launcher {own.launcher}")
     if hosts:
         file.writelines(f"{name} slots={slots}\n" for name, slots in hosts.items())
         file.flush()

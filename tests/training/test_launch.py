@@ -209,6 +209,8 @@ def test_a_hostfile_that_does_not_fit(tmp_path, words, device, message):
 def test_a_launcher_needs_a_hostfile():
     with pytest.raises(UserError, match="--launcher pdsh needs a --hostfile"):
         prepared(["--launcher", "pdsh"])
+    with pytest.raises(UserError, match="leave out --launcher openmpi"):
+        prepared(["--launcher", "openmpi", "--node-rank", "0", "--master-addr", "host0"])
 
 
 def test_several_machines_are_started_by_their_numbers(tmp_path):
