@@ -3,7 +3,11 @@
 import functools
 from collections import Counter
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("suite")
 
 GPUS_NEEDED = {"gpu": 1, "multi_gpu": 2}
 

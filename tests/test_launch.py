@@ -93,13 +93,14 @@ def test_makes_the_environment_once(skeleton, tmp_path):
 
     link = elsewhere / "link"
     link.symlink_to(skeleton / "launch.sh")
-    second = subprocess.run([link, "chat"], cwd="/", capture_output=True, text=True)
+    plain = plain_environment()
+    second = subprocess.run([link, "chat"], cwd="/", capture_output=True, text=True, env=plain)
     assert second.stderr == ""
     assert second.stdout.strip() == f"{skeleton / '.venv'}|/"
 
     (skeleton / "requirements.txt").write_text("# changed\n")
-    assert "installing" in launch(skeleton, "chat").stderr
-    assert "installing" not in launch(skeleton, "chat").stderr
+    assert "installing" in launch(skeleton, "chat", env=plain).stderr
+    assert "installing" not in launch(skeleton, "chat", env=plain).stderr
 
 
 @pytest.mark.slow

@@ -146,7 +146,7 @@ def test_options_of_every_command_are_accepted(document, line):
 
 def test_every_option_in_the_text_exists():
     helps = ["training/launch.py train_ds.py", "eval_ds.py", "chat_ds.py", "benchmarks/train_step.py"]
-    known = {"--check", "--num_gpus"}  # of ruff, of deepspeed
+    known = {"--check", "--num_gpus", "--nnodes", "--nproc-per-node", "--gpus-per-node"}  # of other programs
     for script in helps:
         command = [sys.executable, *script.split(), "--help"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)

@@ -171,6 +171,10 @@ def claim_run(new: Path, resume_from: Path | None, is_main: bool):
     if box[1]:
         raise UserError(box[1])
     run = Path(box[0])
+    if not run.is_dir():
+        raise UserError(
+            f"{run}, made by rank 0, is not on this machine: --output-dir must be on a shared disk"
+        )
     if resume_from is not None and not resume_from.exists():  # `tidy` gave it its name back
         resume_from = run / resume_from.name.removeprefix(".old-")
     return run, resume_from, held

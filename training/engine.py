@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import signal
 import socket
 import warnings
 from contextlib import nullcontext
@@ -21,6 +22,7 @@ from experts.streamed import StreamedExperts, StreamSettings
 from model import PragnosiaConfig, PragnosiaForCausalLM
 from training.config import TrainingArguments, UserError
 from training.plan import Plan
+from training.ranks import interface_towards, rank_variables
 from training.weights import Source, fill
 
 # DeepSpeed 0.19 calls names that torch 2.13 deprecates, once a collective.
@@ -44,7 +46,12 @@ class Ranks:
 
 
 def start_ranks(device_type: str, local_rank: int = 0) -> Ranks:
-    """Join the process group that the launcher describes; without a launcher, be the only rank."""
+    """Join the process group that the launcher describes; without a launcher, be the only rank.
+
+    Raises:
+        UserError: more ranks than GPUs on this machine, a port in use, a first machine that does not answer.
+    """
+    os.environ.update(rank_variables(os.environ))
     if "RANK" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -52,8 +59,16 @@ def start_ranks(device_type: str, local_rank: int = 0) -> Ranks:
         os.environ.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
         )
+    if "MASTER_ADDR" not in os.environ:  # started by mpirun alone, which tells DeepSpeed through mpi4py
+        deepspeed.comm.comm.mpi_discovery(int(os.environ.get("MASTER_PORT", 29500)), verbose=False)
+    if "OMPI_COMM_WORLD_RANK" in os.environ:
+        signal.signal(signal.SIGUSR1, lambda *_args: signal.raise_signal(signal.SIGTERM))  # see MpiWatch
     local_rank = int(os.environ.get("LOCAL_RANK", local_rank))
     if device_type == "cuda":
+        if local_rank >= (gpus := torch.cuda.device_count()):
+            raise UserError(
+                f"rank {local_rank} of this machine finds {gpus} GPUs: start as many ranks as GPUs"
+            )
         torch.cuda.set_device(local_rank)
     say_what_is_compiled()
     if not torch.distributed.is_initialized():
@@ -82,10 +97,27 @@ def leave_ranks() -> None:
 
 
 def init_process_group(backend: str, **options) -> None:
-    """DeepSpeed's initialisation, given what its CPU all-reduce asks for: the number of ranks on this machine."""
+    """DeepSpeed's initialisation, given what its CPU all-reduce asks for: the number of ranks on this machine.
+
+    On several machines gloo is told the interface that leads to the first; by itself it takes the one that has
+    the host name's address, which is often the loopback.
+    """
+    if "LOCAL_SIZE" in os.environ:  # DeepSpeed's word for it
+        os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["LOCAL_SIZE"])
     on_this_machine = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
     os.environ.setdefault("LOCAL_SIZE", on_this_machine)
-    deepspeed.init_distributed(backend, verbose=False, **options)
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    is_cluster = int(on_this_machine) < int(os.environ["WORLD_SIZE"])
+    if is_cluster and (interface := interface_towards(address)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    try:
+        deepspeed.init_distributed(backend, verbose=False, **options)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(f"port {port} of {address} is in use: choose another (MASTER_PORT)") from error
+        raise UserError(
+            f"no answer from rank 0 at {address} port {port}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def unlink_shared_buffers() -> None:

@@ -2,36 +2,34 @@
 
     python training/launch.py train_ds.py --num-gpus 2 --model-size 1B
 
-The DeepSpeed launcher answers Ctrl-C by killing the ranks after 30 seconds, too short for a large checkpoint,
-and does not say which rank failed. So it runs in a session of its own, where the terminal's Ctrl-C does not
-reach it; this process passes the signal to the ranks alone, waits as long as they write, and names the first
-that fails.
+Ranks of this machine are `training/watch.py`'s to watch; several machines are started by `training/machines.py`,
+or by mpirun (`--launcher openmpi`), or each by hand with its `--node-rank`. Where srun or mpirun has started this
+process as one rank of several, it becomes the script.
 """
 
 import argparse
-import contextlib
 import os
 import re
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-
-import psutil
+from typing import IO
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from training.command_line import Parser, parse, run_script
 from training.config import UserError
+from training.machines import EXPORTED, KEPT, SSH_OPTIONS, Machines
+from training.ranks import rank_variables
+from training.watch import MpiWatch, Watch
 
 CLUSTER_PORT = 29500  # on several machines the port is agreed on beforehand, for the firewall's sake
-POLL_SECONDS = 0.1
 
 
 def launcher_parser() -> Parser:
@@ -44,13 +42,30 @@ def launcher_parser() -> Parser:
     group.add_argument("--num-nodes", type=int, metavar="N", help="machines, the first N of the hostfile")
     group.add_argument("--hostfile", metavar="FILE", help="machines, one `name slots=GPUS` a line")
     group.add_argument(
+        "--launcher",
+        choices=("ssh", "pdsh", "openmpi"),
+        help="what reaches the machines of the hostfile (default: ssh)",
+    )
+    group.add_argument(
         "--node-rank", type=int, metavar="N", help="this machine's number; starts it without ssh"
     )
-    group.add_argument("--master-addr", metavar="HOST", help="address of the first machine")
-    group.add_argument("--master-port", type=int, metavar="PORT", help="port of rank 0 (default: a free one)")
+    group.add_argument(
+        "--master-addr",
+        metavar="HOST",
+        help="address of the first machine (default: its name in the hostfile)",
+    )
+    group.add_argument(
+        "--master-port",
+        type=int,
+        metavar="PORT",
+        help=f"port of rank 0 (default: a free one; {CLUSTER_PORT} on several machines)",
+    )
     group.add_argument(
         "--bind-cores-to-rank", action="store_true", help="give each rank its own CPU cores (needs numactl)"
     )
+    group.add_argument(
+        "--run-id", help=argparse.SUPPRESS
+    )  # from training/machines.py, which finds it again by this
     return parser
 
 
@@ -69,6 +84,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(rest):
         print(parser.format_help(), flush=True)
         os.execv(sys.executable, alone)
+    asks_for_ranks = any(value is not None for value in (own.num_gpus, own.num_nodes, own.hostfile))
+    if own.node_rank is None and (variables := rank_variables(os.environ)):
+        if asks_for_ranks:
+            raise UserError(
+                f"srun or mpirun has started {variables['WORLD_SIZE']} ranks, and this is one of them: "
+                f"leave out --num-gpus, --num-nodes and --hostfile"
+            )
+        os.execve(sys.executable, alone, {**os.environ, **variables})
     if Path(script).name == "train_ds.py":
         settings = parse(
             rest, also_suggest=[*parser._option_string_actions]
@@ -76,15 +99,59 @@ def main(argv: Sequence[str] | None = None) -> int:
         if settings.list_datasets or settings.plan:
             os.execv(sys.executable, alone)
         device = settings.training.device
-    elif any(value is not None for value in (own.num_gpus, own.num_nodes, own.hostfile)):
+    elif asks_for_ranks:
         settings, device = None, _device_option(rest)
     else:
         os.execv(sys.executable, alone)
-    command, environment, world_size = launcher_command(own, device, [script, *rest])
-    if settings is not None and settings.dry_run:
-        print("launcher:", shlex.join(command), flush=True)
-        os.execve(sys.executable, alone, {**os.environ, "WORLD_SIZE": str(world_size)})
-    return Watch(command, environment).run()
+    with tempfile.NamedTemporaryFile("w", prefix="hosts-") as file:
+        run, world_size = prepare_run(own, device, [script, *rest], file)
+        if settings is not None and settings.dry_run:
+            for command in run.commands:
+                print("launcher:", shlex.join(command), flush=True)
+            return subprocess.run(alone, env={**os.environ, "WORLD_SIZE": str(world_size)}).returncode
+        return run.run()
+
+
+def prepare_run(
+    own: argparse.Namespace, device: str | None, script: Sequence[str], file: IO[str]
+) -> tuple[Watch | Machines, int]:
+    """What runs on this machine or, with a hostfile, on all of it; and the number of ranks.
+
+    Args:
+        own: the parsed launcher options.
+        device: cuda, cpu, or None for cuda where there is one.
+        script: the script's path and options.
+        file: takes the hostfile that DeepSpeed reads, with the machines and slots of this run alone.
+    """
+    hosts = chosen_hosts(own)
+    if own.launcher and own.node_rank is not None:
+        raise UserError(f"--node-rank starts this machine alone: leave out --launcher {own.launcher}")
+    if hosts:
+        file.writelines(f"{name} slots={slots}\n" for name, slots in hosts.items())
+        file.flush()
+        own.hostfile, own.num_nodes, own.num_gpus = file.name, None, None
+        if own.node_rank is not None:
+            _check_this_machine([*hosts.items()], own.node_rank, device)
+        elif own.launcher != "openmpi":
+            commands = {host: machine_command(own, hosts, rank, script) for rank, host in enumerate(hosts)}
+            return Machines(own.launcher or "ssh", commands), sum(hosts.values())
+    elif own.launcher:
+        raise UserError(f"--launcher {own.launcher} needs a --hostfile that names the machines")
+    command, environment, world_size = launcher_command(own, device, script)
+    watch = MpiWatch if own.launcher == "openmpi" else Watch
+    return watch(command, environment, is_part=own.run_id is not None), world_size
+
+
+def machine_command(
+    own: argparse.Namespace, hosts: dict[str, int], node_rank: int, script: Sequence[str]
+) -> list[str]:
+    """What starts one of several machines, by itself and there."""
+    lines = ",".join(f"{name} slots={slots}" for name, slots in hosts.items())
+    options = ["--hostfile", lines, "--node-rank", str(node_rank)]
+    options += ["--master-addr", own.master_addr or next(iter(hosts))]
+    options += ["--master-port", str(own.master_port)] if own.master_port else []
+    options += ["--bind-cores-to-rank"] if own.bind_cores_to_rank else []
+    return [sys.executable, str(Path(__file__).resolve()), *script, *options]
 
 
 def _device_option(words: Sequence[str]) -> str | None:
@@ -96,40 +163,34 @@ def _device_option(words: Sequence[str]) -> str | None:
 def launcher_command(
     own: argparse.Namespace, device: str | None, script: Sequence[str]
 ) -> tuple[list[str], dict[str, str], int]:
-    """The DeepSpeed launcher's command line, its environment, and the number of ranks it starts.
+    """The DeepSpeed launcher's command line, its environment, and the number of ranks of the run.
+
+    With a hostfile it is that of one machine (`--node-rank`), or of all through mpirun.
 
     Args:
         own: the parsed launcher options.
         device: cuda, cpu, or None for cuda where there is one.
         script: the script's path and options.
     """
-    for name in ("num_gpus", "num_nodes"):
-        if getattr(own, name) is not None and getattr(own, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    hosts = _read_hostfile(own.hostfile) if own.hostfile else {}
-    nodes = own.num_nodes or max(1, len(hosts))
-    if nodes > max(1, len(hosts)):
-        raise UserError(f"--num-nodes {nodes} needs a --hostfile that names as many machines")
-    options, environment = [], dict(os.environ)
+    hosts = chosen_hosts(own)
+    environment = dict(os.environ)
     if hosts:
-        options += ["--hostfile", own.hostfile, "--num_nodes", str(nodes), "--no_ssh_check"]
-        options += ["--num_gpus", str(own.num_gpus)] if own.num_gpus else []
-        ranks_here = own.num_gpus or next(iter(hosts.values()))
-        world_size = sum(own.num_gpus or slots for slots in list(hosts.values())[:nodes])
-        if nodes > 1 and own.node_rank is None:
-            _check_cluster_login(next(iter(hosts)), script[0])
-            script = [script[0], *(word if " " in word else shlex.quote(word) for word in script[1:])]
+        options = ["--hostfile", own.hostfile]
+        ranks_here, world_size = max(hosts.values()), sum(hosts.values())
+        if device == "cpu":
+            environment["DS_ACCELERATOR"] = "cpu"
     else:
-        selection, ranks_here = _local_ranks(own.num_gpus, device, environment)
-        options += selection
+        options, ranks_here = _local_ranks(own.num_gpus, device, environment)
         world_size = ranks_here
+    is_mpi = bool(hosts) and own.node_rank is None
     if own.node_rank is not None:
         if not own.master_addr:
             raise UserError("--node-rank needs --master-addr: the address of machine 0")
         options += ["--no_ssh", "--node_rank", str(own.node_rank)]
-    if own.master_addr:
-        options += ["--master_addr", own.master_addr]
-    options += ["--master_port", str(_port(own.master_port, local=not hosts))]
+    master = own.master_addr or (next(iter(hosts)) if is_mpi else None)
+    options += ["--master_addr", master] if master else []
+    port = _port(own.master_port, is_cluster=bool(hosts), is_first=not hosts or own.node_rank == 0)
+    options += ["--master_port", str(port)]
     if own.bind_cores_to_rank:
         if not shutil.which("numactl"):
             raise UserError(
@@ -142,8 +203,31 @@ def launcher_command(
     architectures = environment.get("TORCH_CUDA_ARCH_LIST")
     if architectures:  # DeepSpeed's op builder cannot read suffixes such as 9.0a
         environment["TORCH_CUDA_ARCH_LIST"] = re.sub(r"(\d)[a-z]", r"\1", architectures)
+    # DeepSpeed calls ninja by name, and a machine reached over ssh has the shortest of paths.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    if is_mpi:
+        environment |= {"MASTER_ADDR": master, "MASTER_PORT": str(port)}
+        options += _mpi_options(environment)
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical"]
     return [*launcher, *options, *script], environment, world_size
+
+
+def _mpi_options(environment: dict[str, str]) -> list[str]:
+    """Options for the DeepSpeed launcher to start all ranks by mpirun, with the settings of this environment."""
+    if not shutil.which("ompi_info"):
+        raise UserError("--launcher openmpi needs Open MPI: install it (Debian and Ubuntu: openmpi-bin)")
+    names = [name for name in environment if EXPORTED.match(name) and not KEPT.search(name)]
+    by_deepspeed = ("PYTHON", "UCX", "NCCL")
+    exports = ["PATH", "MASTER_ADDR", "MASTER_PORT", *(n for n in names if not n.startswith(by_deepspeed))]
+    words = ["--bind-to", "none", "--mca", "plm_rsh_args", SSH_OPTIONS]
+    words += [word for name in exports for word in ("-x", name)]
+    return [
+        "--launcher",
+        "openmpi",
+        "--force_multi",
+        "--no_ssh_check",
+        f"--launcher_args={shlex.join(words)}",
+    ]
 
 
 def _local_ranks(
@@ -173,10 +257,25 @@ def _local_ranks(
     return ["--include", f"localhost:{','.join(visible.split(',')[:ranks])}"], ranks
 
 
-def _read_hostfile(path: str) -> dict[str, int]:
-    """Machine name -> number of GPUs."""
+def chosen_hosts(own: argparse.Namespace) -> dict[str, int]:
+    """Machine -> number of its ranks, of the machines that the options choose; empty without a hostfile."""
+    for name in ("num_gpus", "num_nodes"):
+        if getattr(own, name) is not None and getattr(own, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    hosts = read_hostfile(own.hostfile) if own.hostfile else {}
+    nodes = own.num_nodes or max(1, len(hosts))
+    if nodes > max(1, len(hosts)):
+        raise UserError(f"--num-nodes {nodes} needs a --hostfile that names as many machines")
+    for host, slots in hosts.items():
+        if own.num_gpus and own.num_gpus > slots:
+            raise UserError(f"--num-gpus {own.num_gpus}: the hostfile gives {host} slots={slots}")
+    return {host: own.num_gpus or slots for host, slots in [*hosts.items()][:nodes]}
+
+
+def read_hostfile(path: str) -> dict[str, int]:
+    """Machine -> number of GPUs; `path` may also be the lines themselves, with commas between them."""
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = path.split(",") if "slots=" in path else Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--hostfile {path}: cannot be read ({error})") from None
     hosts: dict[str, int] = {}
@@ -196,124 +295,39 @@ def _read_hostfile(path: str) -> dict[str, int]:
     return hosts
 
 
-def _check_cluster_login(host: str, script: str) -> None:
-    """Raises UserError where the launcher could not start ranks on other machines."""
-    for path in (sys.executable, script, os.getcwd()):
-        if re.search(r"[^\w@%+=:,./-]", path):
-            raise UserError(
-                f"the DeepSpeed launcher cannot start several machines from {path!r}: rename the path"
-            )
-    for program in ("pdsh", "ssh"):
-        if not shutil.which(program):
-            raise UserError(
-                f"several machines need {program}: install it, or start each machine with --node-rank"
-            )
-    login = ["ssh", "-o", "PasswordAuthentication=no", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", host]
-    if subprocess.run([*login, "true"], capture_output=True).returncode:
-        raise UserError(f"ssh to {host} failed: it must work without a password, or use --node-rank")
+def _check_this_machine(hosts: list[tuple[str, int]], node_rank: int, device: str | None) -> None:
+    """Raises UserError where the hostfile names no such machine, or gives it GPUs that it has not."""
+    if not 0 <= node_rank < len(hosts):
+        raise UserError(f"--node-rank {node_rank}: the hostfile has machines 0 to {len(hosts) - 1}")
+    host, slots = hosts[node_rank]
+    if device == "cpu":
+        return
+    import torch
+
+    if slots > (gpus := torch.cuda.device_count()):
+        way_out = "give it as many slots" if gpus else "mend it, or train on CPUs with --device cpu"
+        raise UserError(
+            f"the hostfile gives {host} slots={slots}, and torch finds {gpus} GPUs there: {way_out}"
+        )
 
 
-def _port(wanted: int | None, local: bool) -> int:
+def _port(wanted: int | None, is_cluster: bool, is_first: bool) -> int:
     """A port rank 0 can listen on: the wanted one, else a free one on one machine, the usual on several."""
-    if wanted is None and not local:
-        return CLUSTER_PORT
     if wanted is not None and not 0 < wanted < 65536:
         raise UserError(f"--master-port must lie between 1 and 65535, not {wanted}")
+    wanted = wanted or (CLUSTER_PORT if is_cluster else 0)
+    if not is_first:  # rank 0 listens elsewhere
+        return wanted
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind(("", wanted or 0))
+            listener.bind(("", wanted))
         except OSError as error:
-            raise UserError(
-                f"--master-port {wanted}: {error.strerror}; leave it out to get a free one"
-            ) from None
-        return listener.getsockname()[1]
-
-
-class Watch:
-    """One run of the DeepSpeed launcher, its ranks watched through the process table."""
-
-    def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
-        self.command, self.environment = command, environment
-        self.ranks: dict[int, psutil.Process] = {}  # rank on this machine -> process
-        self.failed: tuple[int, int] | None = None  # rank, exit code (negative: signal)
-        self.gone: list[int] = []  # ranks that ended between two looks
-        self.interrupted: int | None = None  # the signal
-
-    def run(self) -> int:
-        """Runs to the end; returns 0, the failed rank's exit code, or 128 + the signal that ended the run."""
-        self.launcher = subprocess.Popen(self.command, env=self.environment, start_new_session=True)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._interrupt)
-        while self.launcher.poll() is None:
-            self._look()
-            time.sleep(POLL_SECONDS)
-        if self.interrupted:
-            return 128 + self.interrupted
-        code = self.launcher.returncode
-        if self.failed is None and not (code and self.gone):
-            return code if code >= 0 else 128 - code
-        # The launcher's own code is that of the rank it saw failing, where 247 stands for signal 9.
-        rank, code = self.failed or (self.gone[0], code if code < 192 else code - 256)
-        if code == 2:  # the rank has said what the user can mend
-            return code
-        if code > 0:
-            how = f"stopped with exit code {code}"
-        else:
-            how = f"was killed by signal {-code} ({signal.Signals(-code).name})"
-            how += ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
-        others = " The other ranks were stopped." if len(self.ranks) > 1 else ""
-        print(f"error: rank {rank} {how}.{others}", file=sys.stderr, flush=True)
-        return code if code > 0 else 128 - code
-
-    def _interrupt(self, number: int, frame: object) -> None:
-        """First signal: pass it to the ranks, which save and stop. Second: end everything at once."""
-        if self.interrupted is None:
-            self.interrupted = number
-            self._look()
-            name = signal.Signals(number).name
-            print(
-                f"\n{name}: the run saves and stops; once more ends it at once", file=sys.stderr, flush=True
+            way_out = (
+                "choose another, the same on all machines" if is_cluster else "leave it out to get a free one"
             )
-            if self.ranks:
-                self._signal_ranks(signal.SIGTERM if number == signal.SIGHUP else number)
-            else:  # no rank runs yet, or they run on other machines, where the launcher reaches them
-                os.killpg(self.launcher.pid, signal.SIGTERM)
-            return
-        os.killpg(self.launcher.pid, signal.SIGKILL)
-
-    def _signal_ranks(self, number: int) -> None:
-        for process in self.ranks.values():
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(number)
-
-    def _look(self) -> None:
-        """Finds the ranks, and the first that failed; the others are then told to stop, all at once."""
-        with contextlib.suppress(psutil.Error):
-            parents = psutil.Process(self.launcher.pid).children()
-            for process in (child for parent in parents for child in parent.children()):
-                match = re.search(r"\s--local_rank=(\d+)\s", " ".join(process.cmdline()) + " ")
-                if match:
-                    self.ranks.setdefault(int(match[1]), process)
-        if self.failed or self.interrupted:
-            return
-        self.gone += [r for r, p in self.ranks.items() if r not in self.gone and not p.is_running()]
-        codes = {rank: code for rank, process in self.ranks.items() if (code := _exit_code(process))}
-        if codes:
-            # A rank that loses its peer fails too, within a moment: the one killed by a signal was the first.
-            self.failed = min(codes.items(), key=lambda item: (item[1] > 0, item[0]))
-            self._signal_ranks(signal.SIGTERM)
-
-
-def _exit_code(process: psutil.Process) -> int | None:
-    """Exit code (negative: signal) of a process that has ended and waits for its parent; else None."""
-    try:
-        if process.status() != psutil.STATUS_ZOMBIE:
-            return None
-        status = int(Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[-1])
-        return os.waitstatus_to_exitcode(status)
-    except (psutil.Error, OSError):
-        return None
+            raise UserError(f"--master-port {wanted}: {error.strerror}; {way_out}") from None
+        return listener.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -121,19 +121,17 @@ def finite_everywhere(loss: Tensor) -> bool:
 
 
 def checked_norm(engine) -> float | None:
-    """The global gradient norm where DeepSpeed does not check it: plain fp32 without ZeRO; None elsewhere.
+    """The global norm of reduced gradients where DeepSpeed does not check it, plain fp32 without ZeRO; else None.
 
-    Gradients are reduced by then, so all ranks find the same. Where each rank has experts of its own, DeepSpeed
-    would clip by the mean of the ranks' norms; so they are clipped here by the global one, which leaves it nothing
-    to do.
+    Where ranks own different experts DeepSpeed clips by the mean of their norms, so they are clipped here before.
     """
     if engine.zero_optimization() or engine.bfloat16_enabled() or engine.fp16_enabled():
         return None
-    parameters = [p for p in engine.module.parameters() if p.grad is not None]
+    total, parameters = torch.nn.utils.get_total_norm, [p for p in engine.module.parameters() if p.grad is not None]
     owned = [p for p in parameters if hasattr(p, "owners")]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if not hasattr(p, "owners")])
+    norm = total([p.grad for p in parameters if not hasattr(p, "owners")])
     if owned:
-        square = torch.nn.utils.get_total_norm([p.grad for p in owned]).square()
+        square = total([p.grad for p in owned]).square()
         dist.all_reduce(square, group=owned[0].owners)
         norm = (norm.square() + square).sqrt()
         if engine.gradient_clipping() and norm.isfinite():

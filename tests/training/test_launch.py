@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import psutil
 import pytest
 
 from training.config import UserError
-from training.launch import launcher_command, launcher_parser
+from training.launch import launcher_command, launcher_parser, main, prepare_run
+from training.machines import on_machine
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -174,6 +176,70 @@ def test_hostfile_counts_the_ranks(tmp_path):
         command_for([*words, "--num-nodes", "3"])
     with pytest.raises(UserError, match="needs --master-addr"):
         command_for(words[:4])
+
+
+def prepared(words: list[str], device: str | None = "cpu"):
+    own, rest = launcher_parser().parse_known_args(words)
+    with tempfile.NamedTemporaryFile("w") as file:
+        return prepare_run(own, device, ["script.py", *rest], file)
+
+
+@pytest.mark.parametrize(
+    ("words", "device", "message"),
+    [
+        (
+            ["--node-rank", "2", "--master-addr", "a"],
+            "cpu",
+            "--node-rank 2: the hostfile has machines 0 to 1",
+        ),
+        (["--num-gpus", "400"], "cpu", "--num-gpus 400: the hostfile gives node1 slots=300"),
+        (
+            ["--node-rank", "0", "--master-addr", "a"],
+            None,
+            r"node1 slots=300, and torch finds \d+ GPUs there",
+        ),
+    ],
+)
+def test_a_hostfile_that_does_not_fit(tmp_path, words, device, message):
+    (tmp_path / "hosts").write_text("node1 slots=300\nnode2 slots=500\n")
+    with pytest.raises(UserError, match=message):
+        prepared([*words, "--hostfile", str(tmp_path / "hosts")], device)
+
+
+def test_a_launcher_needs_a_hostfile():
+    with pytest.raises(UserError, match="--launcher pdsh needs a --hostfile"):
+        prepared(["--launcher", "pdsh"])
+    with pytest.raises(UserError, match="leave out --launcher openmpi"):
+        prepared(["--launcher", "openmpi", "--node-rank", "0", "--master-addr", "host0"])
+
+
+def test_several_machines_are_started_by_their_numbers(tmp_path):
+    (tmp_path / "hosts").write_text("node1 slots=2\nnode2 slots=4\nnode3 slots=4\n")
+    words = ["--hostfile", str(tmp_path / "hosts"), "--num-nodes", "2", "--num-gpus", "2"]
+    run, world_size = prepared([*words, "--a"])
+    assert world_size == 4
+    assert [command[-2] for command in run.commands] == ["node1", "node2"]
+    for rank, command in enumerate(run.commands):
+        expected = (
+            f"script.py --a --hostfile 'node1 slots=2,node2 slots=2' --node-rank {rank} --master-addr node1"
+        )
+        assert expected in command[-1]
+
+
+def test_no_secret_is_in_the_command_line_of_another_machine(monkeypatch):
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "HOME", "CUDA_VISIBLE_DEVICES", "NCCL_DEBUG"):
+        monkeypatch.setenv(name, f"the value of {name}")
+    line = on_machine(["python"])
+    assert "NCCL_DEBUG" in line
+    assert not any(name in line for name in ("WANDB_API_KEY", "HF_TOKEN", "HOME", "CUDA_VISIBLE_DEVICES"))
+
+
+def test_a_rank_of_srun_starts_no_ranks(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in (("RANK", 1), ("SIZE", 4), ("LOCAL_RANK", 1), ("LOCAL_SIZE", 2)):
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", str(value))
+    with pytest.raises(UserError, match="started 4 ranks, and this is one of them: leave out --num-gpus"):
+        main(["train_ds.py", "--num-gpus", "2"])
 
 
 @pytest.mark.parametrize(
