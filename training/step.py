@@ -127,15 +127,14 @@ def checked_norm(engine) -> float | None:
     """
     if engine.zero_optimization() or engine.bfloat16_enabled() or engine.fp16_enabled():
         return None
-    total, parameters = torch.nn.utils.get_total_norm, [p for p in engine.module.parameters() if p.grad is not None]
+    parameters = [p for p in engine.module.parameters() if p.grad is not None]
     owned = [p for p in parameters if hasattr(p, "owners")]
-    norm = total([p.grad for p in parameters if not hasattr(p, "owners")])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if not hasattr(p, "owners")])
     if owned:
-        square = total([p.grad for p in owned]).square()
+        square = torch.nn.utils.get_total_norm([p.grad for p in owned]).square()
         dist.all_reduce(square, group=owned[0].owners)
         norm = (norm.square() + square).sqrt()
-        if engine.gradient_clipping() and norm.isfinite():
-            torch.nn.utils.clip_grads_with_norm_(parameters, engine.gradient_clipping(), norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, engine.gradient_clipping() or torch.inf, norm)
     return float(norm)
 
 
