@@ -50,11 +50,10 @@ class Placement:
 def ordinary_placement(name: str, page_size: int | None, expert_parallel: int = 1) -> Placement:
     """`resident` or `zero3`; resident experts are spread over groups of `expert_parallel` ranks."""
     if name == "zero3":
-        assert page_size is not None
         return Placement(partial(Zero3Bank, page_size=page_size))
     assert name == "resident", name
-    if expert_parallel == 1:
-        return Placement(ResidentBank)
-    from experts.expert_parallel import ExpertParallelBank  # the rest of the models need no DeepSpeed
+    if expert_parallel > 1:
+        from experts.expert_parallel import ExpertParallelBank  # all others need no DeepSpeed
 
-    return Placement(partial(ExpertParallelBank, size=expert_parallel))
+        return Placement(partial(ExpertParallelBank, size=expert_parallel))
+    return Placement(ResidentBank)

@@ -122,9 +122,7 @@ def finite_everywhere(loss: Tensor) -> bool:
 
 def checked_norm(engine) -> float | None:
     """The global norm of reduced gradients where DeepSpeed does not check it, plain fp32 without ZeRO; else None.
-
-    Where ranks own different experts DeepSpeed clips by the mean of their norms, so they are clipped here before.
-    """
+    Where ranks own different experts, DeepSpeed clips by their mean norm, so here they are clipped first."""
     if engine.zero_optimization() or engine.bfloat16_enabled() or engine.fp16_enabled():
         return None
     parameters = [p for p in engine.module.parameters() if p.grad is not None]
