@@ -4,7 +4,6 @@ As in test_layouts.py a process group trains all layouts of its rank count; here
 """
 
 import json
-import os
 import shutil
 
 import pytest
@@ -34,9 +33,9 @@ REFERENCES = {
 # name -> ranks, what it must equal, layout; 2 ranks that share nothing are in test_layouts.py
 LAYOUTS = {
     f"{ranks} ranks, {size} share, stage {stage}": (
-        ranks, "whole", {"stage": stage, "expert_parallel": size, "steps": STEPS}
+        ranks, reference, {"stage": stage, "expert_parallel": size, "steps": REFERENCES[reference]["steps"]}
     )
-    for ranks, size in ((2, 2), (4, 1), (4, 2), (4, 4))
+    for ranks, size, reference in ((2, 2, "whole"), (4, 1, "few"), (4, 2, "whole"), (4, 4, "whole"))
     for stage in (0, 1, 2, 3)
 } | {
     f"{ranks} ranks, 2 share, {name}": (
@@ -89,7 +88,7 @@ def test_shared_experts_equal_whole_banks(references, results, name):
     _, reference, layout = LAYOUTS[name]
     found, expected = results[name], references[reference]
     gradients = expected["gradients"]
-    if layout["stage"] == 0 and layout.get("clip") != 0:  # seen after they were clipped
+    if layout["stage"] == 0 and layout["expert_parallel"] > 1 and layout.get("clip") != 0:  # seen clipped
         gradients = {key: value / max(1, expected["norms"][0]) for key, value in gradients.items()}
     used = {key: value for key, value in gradients.items() if value.any()}
     assert_close({key: found["gradients"][key] for key in used}, used, GRADIENT_TOLERANCE)
@@ -135,7 +134,7 @@ def test_weights_go_to_every_placement_and_back(tmp_path):
     """What shared experts export starts a streamed and a paged run, whose exports start shared ones again."""
     data = write_rows(tmp_path / "rows.jsonl")
     shared, _ = run(data, tmp_path / "shared", "--max-steps", "2", world_size=2)
-    still = ("--max-steps", "1", "--learning-rate", "0", "--init-from")
+    still = ("--max-steps", "1", "--learning-rate", "0", "--local-learning-rate", "0", "--init-from")
     before = weights(shared / "final_model")
     for placement in ("streamed", "zero3"):
         output = tmp_path / placement
@@ -156,4 +155,4 @@ def test_who_cannot_share_is_told(tmp_path):
     data = write_rows(tmp_path / "rows.jsonl")
     _, text = run(data, tmp_path / "out", "--expert-parallel-size", "3", world_size=2, expect=2)
     assert "--expert-parallel-size 3 does not divide both 4 experts and 2 ranks" in text
-    assert "Traceback" not in text and os.listdir(tmp_path) == ["rows.jsonl", "cache"]
+    assert "Traceback" not in text and not (tmp_path / "out").exists(), text

@@ -6,7 +6,6 @@ DeepSpeed starts twice and not a hundred times.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.training.runs import start
 from training.weights import initial_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
@@ -215,36 +215,20 @@ BF16_LOSS_TOLERANCE = 2e-3  # relative, against fp32
 
 
 def run_worker(layouts: list[dict], ranks: int, directory: Path) -> list[dict]:
-    """Results of the layouts, trained by `ranks` processes of two threads' worth of CPU at most."""
+    """Results of the layouts, trained by `ranks` processes."""
     (directory / "layouts.json").write_text(json.dumps(layouts))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(ranks):
-        environment = {
-            **os.environ,
-            **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)},
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-            **{"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "LOCAL_SIZE": str(ranks)},
-        }
-        with open(directory / f"rank_{rank}.log", "w") as log:
-            command = [
-                sys.executable,
-                str(WORKER),
-                str(directory / "layouts.json"),
-                str(directory / "out.pt"),
-            ]
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    processes = start(
+        [str(WORKER), str(directory / "layouts.json"), str(directory / "out.pt")],
+        ranks,
+        LOCAL_SIZE=str(ranks),
+    )
     try:
-        codes = [process.wait(TIMEOUT) for process in processes]
-    except subprocess.TimeoutExpired:
-        codes = ["hangs"]
+        outputs = [process.communicate(TIMEOUT)[-3000:] for process in processes]
     finally:
         for process in processes:
-            process.kill()
-    logs = "\n".join((directory / f"rank_{rank}.log").read_text()[-3000:] for rank in range(ranks))
-    assert codes == [0] * ranks, f"{codes}\n{logs}"
+            process.process.kill()
+    codes = [process.returncode for process in processes]
+    assert codes == [0] * ranks, "\n".join([str(codes), *outputs])
     return torch.load(directory / "out.pt")
 
 
