@@ -23,7 +23,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from kernels import cache_attention as reference  # noqa: E402
 from kernels import cache_attention_triton as kernels  # noqa: E402
 from kernels.cache_attention import BLOCK, TILE  # noqa: E402
-from tests.kernels.gpu_code import SHARED, interpreted  # noqa: E402
+from tests.kernels.gpu_code import SHARED, interpreted, run_checks  # noqa: E402
 
 LEAVES = ("q", "k", "v", "memory_k", "memory_v", "gate")
 
@@ -451,6 +451,4 @@ def test_compiles_for(capability, tmp_path):
 
 
 if __name__ == "__main__":
-    for check in CHECKS:
-        check("cpu")
-        print(check.__name__, flush=True)
+    run_checks(CHECKS)

@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from kernels import permute, reference  # noqa: E402
-from tests.kernels.gpu_code import SHARED, assert_fits, interpreted  # noqa: E402
+from tests.kernels.gpu_code import SHARED, assert_fits, interpreted, run_checks  # noqa: E402
 
 SHAPES = [  # T, E, K, D
     (0, 4, 2, 16), (1, 4, 1, 1), (7, 4, 4, 24), (9, 7, 2, 768), (33, 60, 8, 130), (8, 8, 2, 512),
@@ -240,6 +240,4 @@ def test_compiles_for(capability, tmp_path):
 
 
 if __name__ == "__main__":
-    for check in CHECKS:
-        check("cpu")
-        print(check.__name__, flush=True)
+    run_checks(CHECKS)
