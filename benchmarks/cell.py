@@ -271,7 +271,11 @@ def run_cells(cells: Sequence[Cell]) -> Iterator[dict]:
     assert all(cell.engine() == first.engine() for cell in cells), "cells differ in more than their load"
     with tempfile.TemporaryDirectory() as name:
         directory, port = Path(name), free_port()
-        ranks = [start(cells, directory, rank, port) for rank in range(first.num_gpus)]
+        words = ["-m", "benchmarks.cell", json.dumps([asdict(cell) for cell in cells]), name]
+        ranks = [
+            start(words, environment(first, rank, port), directory / f"output-{rank}")
+            for rank in range(first.num_gpus)
+        ]
         try:
             done, since = 0, time.monotonic()
             while True:
@@ -300,24 +304,27 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(cells: Sequence[Cell], directory: Path, rank: int, port: int) -> subprocess.Popen:
-    """One rank of a cell."""
-    world_size = str(cells[0].num_gpus)
-    environment = {
+def environment(cell: Cell, rank: int, port: int) -> dict[str, str]:
+    """The variables of one rank of a cell."""
+    world_size = str(cell.num_gpus)
+    variables = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
         "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size,
     }  # fmt: skip
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // cells[0].num_gpus)))
-    if cells[0].device == "cpu":
-        environment["DS_ACCELERATOR"] = "cpu"
-    words = json.dumps([asdict(cell) for cell in cells]), str(directory)
-    with open(directory / f"output-{rank}", "w") as output:
+    variables.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // cell.num_gpus)))
+    if cell.device == "cpu":
+        variables["DS_ACCELERATOR"] = "cpu"
+    return variables
+
+
+def start(words: list[str], variables: dict[str, str], output: Path) -> subprocess.Popen:
+    """`python words…`, whose output goes to a file."""
+    with open(output, "w") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.cell", *words],
-            env=environment, stdout=output, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            [sys.executable, *words], env=variables, stdout=file, stderr=subprocess.STDOUT
+        )
 
 
 def rows_in(directory: Path) -> list[dict]:

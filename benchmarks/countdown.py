@@ -53,8 +53,8 @@ class Setup:
 
 
 SHORT = Setup(
-    numbers=3, held_out=12, is_shared=True, width=64, layers=2, expert_width=64, steps=250, own_answers=50,
-    learning_rate=8e-3,
+    numbers=3, held_out=12, is_shared=True, width=64, layers=2, expert_width=64, steps=250, rows=32,
+    own_answers=50, learning_rate=8e-3,
 )  # fmt: skip
 
 

@@ -221,8 +221,8 @@ def bus_row(device: str | None) -> dict:
 
     on_gpu = device != "cpu" and torch.cuda.is_available()
     place = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return {"name": "bus", **pool.submit(measure_bus, place).result()}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
+        return {"name": "bus", **pool.submit(measure_bus, place, copies=10 if on_gpu else 1).result()}
 
 
 def main() -> None:

@@ -20,11 +20,12 @@ TINY = {"model_size": "tiny", "batch_size": 1, "max_length": 32, "steps": 1, "de
 
 
 def children() -> list:
-    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    found = psutil.Process().children(recursive=True)
+    return [child for child in found if child.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.mark.slow
-def test_torchs_offload_trains_as_the_trainer_does():
+def test_torchs_offload_trains_as_the_trainer_does(forked_cells):
     num_gpus = 2
 
     def losses(placement, **more):

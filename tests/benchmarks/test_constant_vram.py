@@ -1,15 +1,10 @@
 """Growth of GPU memory with the number of experts: goals, plot, command."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from benchmarks.constant_vram import draw, growth_goals, preset_goals
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def row(experts, allocated, **more):
@@ -55,11 +50,9 @@ def test_plot_shows_what_was_measured(tmp_path):
         (("--presets", "tiny", "--expert-state", "int8"), "presets_vram", [8], "int8"),
     ],
 )
-def test_command(tmp_path, flags, name, experts, state):
-    command = [sys.executable, str(ROOT / "benchmarks" / "constant_vram.py"), *flags, "--device", "cpu"]
-    command += ["--steps", "1", "--max-length", "16", "--output", ".", "--plot", "plot.png"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_command(tmp_path, bench, flags, name, experts, state):
+    load = ("--device", "cpu", "--steps", "1", "--max-length", "16")
+    bench("constant_vram", *flags, *load, "--output", ".", "--plot", "plot.png")
     rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
     assert [(row.get("error"), row["experts"], row["state"]) for row in rows] == [
         (None, number, state) for number in experts

@@ -1,29 +1,18 @@
 """The step benchmark as a command."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from benchmarks.results import table
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def bench(tmp_path, *flags):
-    command = [sys.executable, str(ROOT / "benchmarks" / "train_step.py"), "--output", str(tmp_path), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((tmp_path / "train_step.json").read_text()), done.stdout
-
 
 @pytest.mark.slow
-def test_measures_every_cell_and_writes_the_result(tmp_path):
+def test_measures_every_cell_and_writes_the_result(tmp_path, bench, capsys):
     flags = ("--device", "cpu", "--steps", "1", "--batch-size", "1", "--max-length", "32")
     flags += ("--kernels", "auto")
-    result, text = bench(tmp_path, *flags, "--placement", "resident", "zero3", "nowhere")
+    bench("train_step", *flags, "--placement", "resident", "zero3", "nowhere", "--output", ".")
+    result, text = json.loads((tmp_path / "train_step.json").read_text()), capsys.readouterr().out
     assert "--placement resident zero3" in result["command"] and "no GPU" in result["gpu"]
     assert result["versions"]["torch"] and result["versions"]["deepspeed"]
     *rows, failed = result["rows"]

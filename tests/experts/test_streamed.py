@@ -105,7 +105,7 @@ def forward(model, hidden, logits):
     return hidden
 
 
-def train(model, steps=5, accumulation=1, device="cpu", dtype=torch.float32) -> list[torch.Tensor]:
+def train(model, steps=3, accumulation=1, device="cpu", dtype=torch.float32) -> list[torch.Tensor]:
     """Output, and gradients of hidden states and logits, of every microbatch."""
     seen = []
     for step in range(steps):
@@ -125,10 +125,11 @@ def assert_same(mine, oracle, tolerance):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("fetch_all", [True, False])
-@pytest.mark.parametrize(("page_size", "num_slots"), [(1, 2), (2, 3), (4, 2), (6, 4)])
-def test_streamed_equals_resident(page_size, num_slots, fetch_all, accumulation, device):
+@pytest.mark.parametrize(
+    ("page_size", "num_slots", "accumulation"), [(1, 2, 2), (2, 3, 1), (4, 2, 1), (4, 2, 2), (6, 4, 2)]
+)
+def test_streamed_equals_resident(page_size, num_slots, accumulation, fetch_all, device):
     changes = {"page_size": page_size, "num_slots": num_slots, "fetch_all": fetch_all}
     streamed = Streamed(device, accumulate=accumulation > 1, **changes)
     resident = Resident(device, **changes)
@@ -257,13 +258,14 @@ def test_a_gradient_that_is_not_finite_leaves_out_its_expert_alone(accumulation,
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("fetch_all", [True, False])
-@pytest.mark.parametrize(("page_size", "num_slots"), [(1, 2), (2, 3), (6, 4)])
+@pytest.mark.parametrize(
+    ("page_size", "num_slots", "fetch_all"), [(1, 2, True), (1, 2, False), (2, 3, False), (6, 4, True)]
+)
 def test_other_forwards_do_not_disturb(page_size, num_slots, fetch_all, device):
     """Evaluations anywhere, whole or broken off, and forwards whose backward never comes (a loss of NaN)."""
     changes = {"page_size": page_size, "num_slots": num_slots, "fetch_all": fetch_all, "accumulate": True}
     plain, disturbed = Streamed(device, **changes), Streamed(device, **changes)
-    expected = train(plain, accumulation=3, device=device)
+    expected = train(plain, steps=4, accumulation=2, device=device)
 
     def evaluate(number, layers=LAYERS):
         hidden, logits = batch(number, device, torch.float32)
@@ -273,11 +275,11 @@ def test_other_forwards_do_not_disturb(page_size, num_slots, fetch_all, device):
         return hidden
 
     found = []
-    for number in range(15):
-        disturbed.boundary = number % 3 == 2
+    for number in range(8):
+        disturbed.boundary = number % 2 == 1
         evaluate(number + 50)
         forward(disturbed, *batch(number + 100, device, torch.float32))
-        if number % 2:
+        if number % 3:
             evaluate(number + 60, layers=1 + number % LAYERS)
         hidden, logits = batch(number, device, torch.float32)
         output = forward(disturbed, hidden, logits)
@@ -362,8 +364,8 @@ def checkpointed_model(layers: int) -> tuple[PragnosiaForCausalLM, StreamedExper
 def test_with_recompute_a_layer_keeps_two_values_of_its_width_a_token():
     """Its input and the bank's, 4 D bytes in bf16, and the routing; the bank's pages travel no third time."""
     kept_bytes = []
-    ids = torch.randint(0, 64, (2, 48), generator=torch.Generator().manual_seed(0))
-    for layers in (2, 3):
+    ids = torch.randint(0, 64, (2, 20), generator=torch.Generator().manual_seed(0))
+    for layers in (1, 2):
         model, experts = checkpointed_model(layers)
         taken = record_pages(experts)
         kept = {}
@@ -386,8 +388,14 @@ def test_with_recompute_a_layer_keeps_two_values_of_its_width_a_token():
     assert 4 * config.hidden_size <= a_token <= 4 * config.hidden_size + routing, a_token
 
 
-@pytest.mark.parametrize("state", ["fp32", "bf16", "int8"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "state"),
+    [
+        (torch.float32, "fp32"),
+        (torch.float32, "int8"),
+        *((torch.bfloat16, s) for s in ("fp32", "bf16", "int8")),
+    ],
+)
 def test_saved_and_loaded_goes_on_bit_for_bit(tmp_path, dtype, state):
     """Stochastic rounding included, whose bits depend on the updates so far, and on the seed."""
 
@@ -397,12 +405,12 @@ def test_saved_and_loaded_goes_on_bit_for_bit(tmp_path, dtype, state):
     whole, first, second, other = model(), model(), model(), model(seed=1)
     for streamed in (whole, other):
         train(streamed, steps=2, accumulation=2, dtype=dtype)
-        train(streamed, steps=3, accumulation=2, dtype=dtype)
+        train(streamed, steps=1, accumulation=2, dtype=dtype)
     train(first, steps=2, accumulation=2, dtype=dtype)
     first.experts.save(tmp_path)
     second.experts.load(tmp_path)
-    train(second, steps=3, accumulation=2, dtype=dtype)
-    assert whole.experts.passes == second.experts.passes == 10
+    train(second, steps=1, accumulation=2, dtype=dtype)
+    assert whole.experts.passes == second.experts.passes == 6
     for layer in range(LAYERS):
         found, expected = rows_of(second.experts, layer), rows_of(whole.experts, layer)
         for name in found.keys() - {"accumulator"}:

@@ -4,15 +4,37 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.runtime import interpreter
 
 SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KB of shared memory that one program may have, by compute capability."""
+
+
+def run_checks(checks: Iterable[Callable[[str], None]]) -> None:
+    """Make every check in the interpreter and print its name.
+
+    At every call of a function by a kernel the interpreter searches Triton's modules for what to replace, which
+    takes longer than most functions; here it does so once for each module that holds functions.
+    """
+    patch, done = interpreter._patch_lang, set()
+
+    def call(self, *arguments, **options):
+        if id(self.fn.__globals__) not in done:
+            patch(self.fn)
+            done.add(id(self.fn.__globals__))
+        return self.rewrite()(*arguments, **options)
+
+    interpreter.InterpretedFunction.__call__ = call
+    for check in checks:
+        check("cpu")
+        print(check.__name__, flush=True)
 
 
 def interpreted(program: str) -> list[str]:

@@ -107,15 +107,18 @@ def check_model(device: str) -> None:
             torch.testing.assert_close(found["triton"][name], expected, rtol=1e-4, atol=1e-5)
 
 
+CHECKS = check_forced_kernels, check_model
+
+
 @pytest.mark.slow
 def test_interpreter():
     from tests.kernels.gpu_code import interpreted
 
-    interpreted(__file__)
+    assert interpreted(__file__) == [check.__name__ for check in CHECKS]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("check", [check_forced_kernels, check_model])
+@pytest.mark.parametrize("check", CHECKS)
 def test_on_a_gpu(check):
     check("cuda")
 
@@ -130,5 +133,6 @@ def test_kernels_are_found_best_on_a_gpu():
 
 
 if __name__ == "__main__":
-    check_forced_kernels("cpu")
-    check_model("cpu")
+    from tests.kernels.gpu_code import run_checks
+
+    run_checks(CHECKS)

@@ -12,11 +12,11 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from kernels import permute, reference  # noqa: E402
-from tests.kernels.gpu_code import SHARED, assert_fits, interpreted  # noqa: E402
+from tests.kernels.gpu_code import SHARED, assert_fits, interpreted, run_checks  # noqa: E402
 
 SHAPES = [  # T, E, K, D
-    (0, 4, 2, 16), (1, 4, 1, 1), (7, 4, 4, 24), (63, 7, 2, 768), (65, 60, 8, 130), (129, 8, 2, 512),
-    (5, 16, 16, 40), (3, 4, 2, 4000),
+    (0, 4, 2, 16), (1, 4, 1, 1), (7, 4, 4, 24), (9, 7, 2, 768), (33, 60, 8, 130), (8, 8, 2, 512),
+    (5, 16, 16, 40), (2, 4, 2, 4000),
 ]  # fmt: skip
 
 
@@ -89,9 +89,9 @@ def check_sums_are_rounded_once(device: str) -> None:
 
 def check_gradients_in_fp64(device: str) -> None:
     torch.manual_seed(2)
-    routing = routed(5, 4, 3, device, torch.float64)
-    hidden_TD = torch.randn(5, 3, dtype=torch.float64, device=device, requires_grad=True)
-    rows_ND = torch.randn(15, 3, dtype=torch.float64, device=device, requires_grad=True)
+    routing = routed(3, 4, 2, device, torch.float64)
+    hidden_TD = torch.randn(3, 2, dtype=torch.float64, device=device, requires_grad=True)
+    rows_ND = torch.randn(6, 2, dtype=torch.float64, device=device, requires_grad=True)
 
     def combined(rows, weights):
         return permute.combine(rows, routing._replace(weights_TK=weights))
@@ -224,13 +224,15 @@ def test_cuda_graph():
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", SHARED)
 def test_compiles_for(capability, tmp_path):
-    places = {"places": "*i64"}
-    for width, active, dtype in ((512, 2, "*fp16"), (2048, 8, "*bf16"), (8192, 16, "*fp32")):
+    """What needs most on every kind of GPU, the rest on the oldest."""
+    places, oldest = {"places": "*i64"}, capability == min(SHARED)
+    cases = (8192, 16, "*fp32"), (512, 2, "*fp16"), (2048, 8, "*bf16")
+    for width, active, dtype in cases if oldest else cases[:1]:
         launch, shape = permute.layout(width)
         sizes = {**shape, "K": active, "REAL": tl.float32, **places}
         plain = dict.fromkeys(("rows", "weights", "grad_weights"))
         weighted = {"rows": dtype, "weights": "*fp32", "grad_weights": "*fp32"}
-        for types in (plain, weighted):
+        for types in (weighted, plain) if oldest else (weighted,):
             types = {**sizes, "x": dtype, "out": dtype, **types}
             assert_fits(permute.spread_kernel, types, launch, capability, tmp_path, 64)
             types["rows"] = dtype
@@ -238,6 +240,4 @@ def test_compiles_for(capability, tmp_path):
 
 
 if __name__ == "__main__":
-    for check in CHECKS:
-        check("cpu")
-        print(check.__name__, flush=True)
+    run_checks(CHECKS)

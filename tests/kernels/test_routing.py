@@ -12,10 +12,10 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from kernels import reference, routing  # noqa: E402
-from tests.kernels.gpu_code import SHARED, assert_fits, interpreted  # noqa: E402
+from tests.kernels.gpu_code import SHARED, assert_fits, interpreted, run_checks  # noqa: E402
 
 SHAPES = [  # T, E, K
-    (0, 8, 2), (1, 1, 1), (1, 4, 2), (7, 4, 4), (63, 7, 1), (65, 60, 8), (25, 128, 8), (300, 4, 2), (20, 40, 16),
+    (0, 8, 2), (1, 1, 1), (7, 4, 4), (17, 60, 8), (9, 128, 4), (257, 4, 2), (3, 40, 16),
 ]  # fmt: skip
 SCORES = [
     {},
@@ -79,9 +79,9 @@ def assert_equal_routes(logits_TE, active: int, arguments: dict, device: str) ->
 
 def check_equal_to_the_twin(device: str) -> None:
     torch.manual_seed(0)
-    for tokens, experts, active in SHAPES:
-        for number, choice in enumerate(CHOICES):
-            scores = SCORES[(number + tokens) % len(SCORES)]
+    for number, (tokens, experts, active) in enumerate(SHAPES):
+        for choice in CHOICES[number % 2 :: 2]:
+            scores = SCORES[(number + CHOICES.index(choice)) % len(SCORES)]
             arguments = {**scores, **limits(choice, tokens, experts, active)}
             assert_equal_routes(torch.randn(tokens, experts), active, arguments, device)
 
@@ -103,9 +103,9 @@ def check_half_precision(device: str) -> None:
 def check_many_tokens_a_program(device: str) -> None:
     """Chunks of several tiles, the last chunk and the last tile not full."""
     torch.manual_seed(3)
-    before, routing.PROGRAMS = routing.PROGRAMS, 3
+    before, routing.PROGRAMS = routing.PROGRAMS, 2
     try:
-        for tokens, experts, active in ((129, 128, 4), (700, 8, 2)):
+        for tokens, experts, active in ((25, 128, 4), (300, 8, 2)):
             for choice in ("all", "valid"):
                 arguments = limits(choice, tokens, experts, active)
                 assert_equal_routes(torch.randn(tokens, experts), active, arguments, device)
@@ -152,16 +152,15 @@ def check_not_a_number_spoils_its_token_alone(device: str) -> None:
 def check_gradients_in_fp64(device: str) -> None:
     torch.manual_seed(7)
     for scores in SCORES:
-        for choice in ("valid", "bias"):
-            arguments = on(device, limits(choice, 5, 6, 2))
+        arguments = on(device, limits("valid", 5, 6, 2) | limits("bias", 5, 6, 2))
 
-            def differentiable(logits_TE, arguments={**scores, **arguments}):  # noqa: B006
-                routed, statistics = routing.route(logits_TE, 2, **arguments)
-                return routed.weights_TK, statistics.balance_sum, statistics.z_sum
+        def differentiable(logits_TE, arguments={**scores, **arguments}):  # noqa: B006
+            routed, statistics = routing.route(logits_TE, 2, **arguments)
+            return routed.weights_TK, statistics.balance_sum, statistics.z_sum
 
-            logits_TE = torch.randn(5, 6, dtype=torch.float64, device=device, requires_grad=True)
-            # In a random direction: each forward takes the interpreter a quarter of a second.
-            assert torch.autograd.gradcheck(differentiable, logits_TE, fast_mode=True)
+        logits_TE = torch.randn(5, 6, dtype=torch.float64, device=device, requires_grad=True)
+        # In a random direction: each forward takes the interpreter a quarter of a second.
+        assert torch.autograd.gradcheck(differentiable, logits_TE, fast_mode=True)
 
 
 def check_each_gradient_alone(device: str) -> None:
@@ -185,7 +184,7 @@ def check_everything_is_written(device: str) -> None:
     before, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, True
     try:
         assert torch.empty(3, device=device).isnan().all()
-        for choice in CHOICES:
+        for choice in ("valid", "pools"):
             assert_equal_routes(torch.randn(33, 60), 4, limits(choice, 33, 60, 4), device)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -310,7 +309,9 @@ def test_compiles_for(capability, tmp_path):
     def fits(kernel, types, registers):
         assert_fits(kernel, types, routing.LAUNCH, capability, tmp_path, registers)
 
-    # Backward needs most registers with 128 experts, the others with 1024; fp32 logits are the easier ones.
+    # Backward needs most registers with 128 experts, the others with 1024; fp32 logits are the easier ones. The
+    # oldest GPUs get all.
+    oldest = capability == min(SHARED)
     cases = (128, 8, "*bf16", False), (1024, 16, "*fp16", True)
     for experts, active, logits, limited in cases:
         block_T, block_E = routing.tile(experts)
@@ -325,13 +326,13 @@ def test_compiles_for(capability, tmp_path):
         places = {"counts_E": INTEGER, "order_N": INTEGER, "places_TK": INTEGER}
         grads = {"grad_weights": REAL, "grad_balance": REAL, "grad_z": REAL, "grad_logits": logits}
         types = {**sizes, **kind, **token, **mask, **chunk, **total, **places, **grads}
-        fits(routing.forward_kernel, types, 168)
-        fits(routing.backward_kernel, types, 184)
+        if experts == 1024 or oldest:
+            fits(routing.forward_kernel, types, 168)
+        if experts == 128 or oldest:
+            fits(routing.backward_kernel, types, 184)
     fits(routing.finalize_kernel, {**types, **routing.FINALIZE}, 128)
     fits(routing.place_kernel, {**types, "BLOCK_P": routing.PROGRAMS}, 128)
 
 
 if __name__ == "__main__":
-    for check in CHECKS:
-        check("cpu")
-        print(check.__name__, flush=True)
+    run_checks(CHECKS)

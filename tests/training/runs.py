@@ -75,9 +75,11 @@ class Forked:
     done after the imports is as in a process that a shell starts.
     """
 
-    def __init__(self, words: list[str], variables: dict[str, str]):
-        self.output = tempfile.NamedTemporaryFile()  # noqa: SIM115
-        self.process = FORKSERVER.Process(target=become, args=(words, variables, self.output.name))
+    def __init__(self, words: list[str], variables: dict[str, str], output: Path | None = None):
+        self.file = None if output else tempfile.NamedTemporaryFile()  # noqa: SIM115
+        self.output = output or Path(self.file.name)
+        self.output.touch()
+        self.process = FORKSERVER.Process(target=become, args=(words, variables, str(self.output)))
         with mock.patch.dict(os.environ, environment(PYTHONPATH=str(REPOSITORY)), clear=True):
             ensure_running()
         self.process.start()
@@ -92,13 +94,19 @@ class Forked:
     def send_signal(self, number: int) -> None:
         os.kill(self.process.pid, number)
 
+    def kill(self) -> None:
+        self.process.kill()
+
+    def wait(self) -> None:
+        self.process.join()
+
     def communicate(self, timeout: float) -> str:
         """All that it printed, when it has ended."""
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.process.kill()
-            raise TimeoutError(Path(self.output.name).read_text())
-        return Path(self.output.name).read_text()
+            raise TimeoutError(self.output.read_text())
+        return self.output.read_text()
 
 
 FORKSERVER = multiprocessing.get_context("forkserver")
@@ -112,9 +120,13 @@ def become(words: list[str], variables: dict[str, str], output: str) -> None:
     file = os.open(output, os.O_WRONLY)
     for number in (1, 2):
         os.dup2(file, number)
-    sys.argv = words
-    sys.path[0] = str(Path(words[0]).parent)
-    runpy.run_path(words[0], run_name="__main__")
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        sys.path[0] = str(Path(words[0]).parent)
+        runpy.run_path(words[0], run_name="__main__")
 
 
 def start(arguments: list[str], world_size: int = 1, **extra: str) -> list[Forked]:
