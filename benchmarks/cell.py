@@ -4,18 +4,20 @@ A cell runs in fresh processes, one a GPU, on random tokens and through the trai
 peaks of memory do not mix. Cells that differ in their load alone, rows of a microbatch and recomputation, may
 share an engine, which is built once and takes one load after the other. A cell that fails is a row with its error.
 
-What a row holds: median and range of the step time in seconds, real tokens of all ranks a second, model TFLOP/s
-(6 · active parameters · tokens, without attention scores); in GB (1e9 bytes) of the rank that has most, peaks of
-allocated and reserved GPU memory while building and in the steps, and the resident size of the process at its
-largest until then; for streamed experts what they take on the host and what a step moves over the bus of a rank.
+What a row holds: median, 20th and 80th percentile and range of the step time in seconds, real tokens of all ranks
+a second, model TFLOP/s (6 · active parameters · tokens, without attention scores), cross entropy a token in the
+first step and in the last (all learn one batch, so that it falls where the update works); in GB (1e9 bytes) of the
+rank that has most, peaks of allocated and reserved GPU memory while building and in the steps, and the resident
+size of the process at its largest until then; for streamed experts what they take on the host and what a step
+moves over the bus of a rank.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,9 @@ from benchmarks.results import REPOSITORY, report, write
 
 WARMUP = 3
 PATIENCE_S = 600  # without a new row: a cell that hangs is ended
+DEEPSPEED = ("autoep", "deepspeed.moe")  # placements that are DeepSpeed's own expert-parallel layers
+# Kernels of NCCL, which makes an all-to-all of sends and receives, and records of gloo.
+ALL_TO_ALL = re.compile(r"nccl\w*Kernel_(SendRecv|AllToAll)|gloo:all_to_all")
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ class Cell:
 
     model_size: str
     placement: str
-    """resident, streamed, zero3, or fsdp2 (torch's CPU offload; pages, if a page size is given)."""
+    """resident, streamed, zero3, fsdp2 (torch's CPU offload; pages, if a page size is given), or a layer of
+    DeepSpeed's: autoep, deepspeed.moe (see `benchmarks/deepspeed_moe.py`)."""
     batch_size: int
     max_length: int = 512
     steps: int = 10
@@ -56,6 +62,13 @@ class Cell:
     gradient_checkpointing: bool = False
     kernels: str | None = None
     """What routes tokens, for `kernels.dispatch.use`; its row says what did."""
+    expert_parallel_size: int | None = None
+    router_losses: bool = True
+    """False: they weigh nothing, as for layers that have none."""
+    record: bool = False
+    """Record one more step for the seconds it spends in all-to-all."""
+    trace: str | None = None
+    """With `record`, a file for the Chrome trace of that step on rank 0."""
 
     def engine(self) -> Cell:
         """The cell without its load: equal for cells that can share an engine."""
@@ -63,7 +76,8 @@ class Cell:
 
     def named(self) -> dict:
         """The columns that tell cells apart."""
-        names = {key: value for key in ("name", "kernels") if (value := getattr(self, key))}
+        names = ("name", "kernels", "expert_parallel_size")
+        names = {key: value for key in names if (value := getattr(self, key))}
         columns = ("model_size", "placement", "batch_size", "max_length", "num_gpus")
         return names | {column: getattr(self, column) for column in columns}
 
@@ -91,7 +105,10 @@ def measure(cells: Sequence[Cell]) -> Iterator[dict]:
         if cell.kernels:
             sizes = config.num_experts, config.num_experts_per_tok, config.hidden_size
             row["kernels"] = dispatch.describe(ranks.device, *sizes)
-        row |= timed_steps(engine, config, cell, ranks)
+        batch = random_batch(config, cell, ranks)
+        row |= timed_steps(engine, config, cell, ranks, batch)
+        if cell.record:
+            row |= recorded_step(engine, cell, ranks, batch)
         peaks = {key: max(peak, build_peaks[key]) for key, peak in device_peaks().items()}
         peaks["host_rss_gb"] = host_peak() / 1e9
         most = torch.tensor(list(peaks.values()), dtype=torch.float64, device=ranks.device)
@@ -101,7 +118,7 @@ def measure(cells: Sequence[Cell]) -> Iterator[dict]:
 
 
 def build(cell: Cell) -> tuple:
-    """(engine, model configuration, ranks, plan of a cell or None under fsdp2), on the rank this process is."""
+    """(engine, model configuration, ranks, plan of a cell or None for a baseline), on the rank this process is."""
     from model.presets import preset_config
     from training.config import TrainingArguments
     from training.engine import DTYPES, build_engine, build_model, build_placement, start_ranks
@@ -110,6 +127,8 @@ def build(cell: Cell) -> tuple:
 
     device = resolve_device(cell.device)
     experts = {} if cell.num_experts is None else {"num_experts": cell.num_experts}
+    if not cell.router_losses:
+        experts |= {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0}
     config = preset_config(cell.model_size, routing=cell.routing, **experts)
     weights = initial_weights(0, config.initializer_range)
     if cell.placement == "fsdp2":
@@ -124,11 +143,12 @@ def build(cell: Cell) -> tuple:
     def arguments(load: Cell) -> TrainingArguments:
         return TrainingArguments(
             per_device_train_batch_size=load.batch_size,
-            placement=load.placement,
+            placement="resident" if load.placement in DEEPSPEED else load.placement,
             deepspeed_config=load.deepspeed_config,
             expert_page_size=load.expert_page_size,
             expert_state=load.expert_state,
             expert_vram=load.expert_vram,
+            expert_parallel_size=load.expert_parallel_size,
             gradient_checkpointing=load.gradient_checkpointing,
         )
 
@@ -139,6 +159,11 @@ def build(cell: Cell) -> tuple:
         )  # fmt: skip
 
     args, plan = arguments(cell), plan_of(cell)
+    if cell.placement in DEEPSPEED:
+        from benchmarks import deepspeed_moe
+
+        engine = deepspeed_moe.build_engine(cell.placement, weights, plan, args, ranks)
+        return engine, config, ranks, lambda _: None
     check_host_memory(plan, ranks.world_size)
     model = build_model(
         config,
@@ -151,41 +176,86 @@ def build(cell: Cell) -> tuple:
     return build_engine(model, args, plan.ds_config), config, ranks, plan_of
 
 
-def timed_steps(engine, config, cell: Cell, ranks) -> dict:
-    """Times of the cell's steps after the warm-up, the last loss, and the bytes that a step moves."""
+def random_batch(config, cell: Cell, ranks) -> dict:
+    """The rows of this rank: uniform tokens, each a target and all of one document."""
+    import torch
+
+    shape = (cell.batch_size, cell.max_length)
+    ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(ranks.rank))
+    return {
+        "input_ids": ids,
+        "labels": ids,
+        "document_ids": torch.ones_like(ids),
+        "position_ids": torch.arange(shape[1]).expand(shape),
+    }
+
+
+def timed_steps(engine, config, cell: Cell, ranks, batch: dict) -> dict:
+    """Times of the cell's steps after the warm-up, first and last loss, and the bytes that a step moves."""
     import torch
 
     from training.step import reduce_results, train_step
 
-    shape = (cell.batch_size, cell.max_length)
-    generator = torch.Generator().manual_seed(ranks.rank)
     seconds = []
     for step in range(WARMUP + cell.steps):
-        ids = torch.randint(config.vocab_size, shape, generator=generator)
-        batch = {
-            "input_ids": ids,
-            "labels": ids,
-            "document_ids": torch.ones_like(ids),
-            "position_ids": torch.arange(shape[1]).expand(shape),
-        }
         start = time.perf_counter()
         result = train_step(engine, [batch])
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
+        if step == 0:
+            first = result
         if step >= WARMUP:
             seconds.append(time.perf_counter() - start)
-    sums, load_LE = reduce_results([result])
-    tokens, median = ranks.world_size * shape[0] * shape[1], statistics.median(seconds)
+    (first, _), (sums, load_LE) = reduce_results([first]), reduce_results([result])
+    shares = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    p20, median, p80 = torch.tensor(seconds, dtype=torch.float64).quantile(shares).tolist()
+    tokens = ranks.world_size * cell.batch_size * cell.max_length
     return {
         "tokens": tokens,
         "step_s": median,
+        "p20_s": p20,
+        "p80_s": p80,
         "min_s": min(seconds),
         "max_s": max(seconds),
         "tokens_per_s": tokens / median,
         "model_tflops": 6 * config.active_params() * tokens / median / 1e12,
+        "first_loss": first["loss_sum"] / first["targets"],
         "loss": sums["loss_sum"] / sums["targets"],
         **streamed_bytes(engine.module.placement, load_LE),
     }
+
+
+def recorded_step(engine, cell: Cell, ranks, batch: dict) -> dict:
+    """Seconds that a step spends in all-to-all on rank 0, by the names of what torch.profiler recorded there.
+
+    They are those of the collectives, waiting for slower ranks included, whether or not something else ran beside
+    them. Nothing, where no such name was seen. A step before warms the profiler up; all ranks record, so that none
+    runs slower than the others.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile, schedule
+
+    from benchmarks import deepspeed_moe
+    from training.step import train_step
+
+    on_gpu = ranks.device.type == "cuda"
+    activities = [ProfilerActivity.CUDA] if on_gpu else []
+    if cell.trace or not on_gpu:
+        activities.append(ProfilerActivity.CPU)
+    once = schedule(wait=0, warmup=1, active=1, repeat=1)
+    with profile(activities=activities, schedule=once) as recorder:
+        for _ in range(2):
+            train_step(engine, [batch])
+            if on_gpu:
+                torch.cuda.synchronize()
+            recorder.step()
+    if cell.trace and ranks.rank == 0:
+        recorder.export_chrome_trace(cell.trace)
+    seconds = [e.time_range.elapsed_us() / 1e6 for e in recorder.events() if ALL_TO_ALL.match(e.name)]
+    row = {"all_to_all_s": sum(seconds)} if seconds else {}
+    if cell.placement == "deepspeed.moe":
+        row["dropped_rows"] = deepspeed_moe.dropped_rows(engine, batch)
+    return row
 
 
 def streamed_bytes(placement, load_LE) -> dict:
@@ -218,6 +288,7 @@ def described(plan) -> dict:
         "estimate_device_gb": plan.memory.device / 1e9,
         "estimate_host_gb": plan.memory.host / 1e9,
         "json": plan.json_path.name,
+        "precision": plan.precision,
         "page": plan.page_size or "",
         "slots": plan.stream.num_slots if plan.stream else "",
         "state": plan.stream.state if plan.stream else "",
@@ -312,6 +383,7 @@ def environment(cell: Cell, rank: int, port: int) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank),
         "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size,
+        "NCCL_NVLS_ENABLE": "0",  # NVLink multicast: not for hosts whose GPUs others share
     }  # fmt: skip
     variables.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // cell.num_gpus)))
     if cell.device == "cpu":

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -53,7 +55,9 @@ def initial_weights(seed: int, std: float) -> Source:
         if name.endswith("conv.weight"):
             return draw(name, shape) * (shape[1] ** -0.5 / std)
         if _EXPERT.match(name):
-            return torch.stack([draw(f"{name}/{(first or 0) + row}", shape[1:]) for row in range(shape[0])])
+            keys = [f"{name}/{(first or 0) + row}" for row in range(shape[0])]
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # a generator draws on one core
+                return torch.stack([*pool.map(draw, keys, repeat(shape[1:]))])
         return draw(name, shape)
 
     return source
