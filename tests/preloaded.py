@@ -10,7 +10,11 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
+from shlex import quote
 
 SERVER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "preloaded_server.py")
 
@@ -47,10 +51,6 @@ class Process:
 @functools.cache
 def address() -> str:
     """The socket of this process's server, which starts now if it has not yet, beside the program `python`."""
-    import subprocess
-    import tempfile
-    from shlex import quote
-
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     socket_path, program = os.path.join(folder, "socket"), os.path.join(folder, "bin", "python")
@@ -81,6 +81,23 @@ def address() -> str:
 def python() -> str:
     """The path of a program that does as `python` does, by forks of this process's server."""
     return os.path.join(os.path.dirname(address()), "bin", "python")
+
+
+def lent_environment(cache: Path) -> dict[str, str]:
+    """What makes launch.sh use this `python()`, with the compiled ops of the Python that runs."""
+
+    def ops(folder: Path, environment: str) -> Path:
+        number = subprocess.run(["cksum"], input=f"{environment}\n", stdout=-1, text=True).stdout.split()[0]
+        return folder / "pragnosia" / f"ops-{number}"
+
+    environment = str(Path(python()).parents[1])
+    compiled = ops(Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")), sys.prefix)
+    compiled.mkdir(parents=True, exist_ok=True)
+    lent = ops(cache, environment)
+    lent.parent.mkdir(parents=True, exist_ok=True)
+    lent.symlink_to(compiled)
+    folders = {"XDG_CACHE_HOME": str(cache), "TORCH_EXTENSIONS_DIR": str(compiled)}
+    return {"PRAGNOSIA_VENV": environment, **folders}
 
 
 if __name__ == "__main__":
