@@ -38,6 +38,7 @@ DOCUMENTED = ("transformers", "datasets", "matplotlib", "hypothesis", "wandb", "
 """Pinned packages whose docstrings are English prose to learn from (folders `models` repeat themselves)."""
 CHAT_REPEATS = 2
 """How often conversations are counted: everyday English is scarce in the rest."""
+_STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
 
 # Contractions, words with the character before them, at most two digits, punctuation, space.
 PATTERN = (
@@ -84,7 +85,9 @@ def documentation() -> Iterator[str]:
                     tree = ast.parse(path.read_text(encoding="utf-8"))
                 except (SyntaxError, UnicodeDecodeError):
                     continue
-            for node in ast.walk(tree):
+            nodes: list[ast.AST] = [tree]
+            for node in nodes:  # as ast.walk, without the expressions: they hold no definitions
+                nodes += (child for child in ast.iter_child_nodes(node) if isinstance(child, _STATEMENTS))
                 if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                     text = ast.get_docstring(node)
                     if text and text not in seen:

@@ -142,10 +142,16 @@ def start_workers(ranks: int) -> None:
         for rank in range(1, ranks)
     ]
     os.environ.update(RANK="0", LOCAL_RANK="0")
-    atexit.register(lambda: [worker.kill() for worker in workers])
+    leaving = threading.Event()
+
+    @atexit.register
+    def end_workers() -> None:
+        leaving.set()
+        for worker in workers:
+            worker.kill()
 
     def watch(rank: int, worker: subprocess.Popen) -> None:
-        if worker.wait() != 0:
+        if worker.wait() != 0 and not leaving.is_set():
             print(f"error: rank {rank} of the chat ended", file=sys.stderr, flush=True)
             for other in workers:
                 other.kill()

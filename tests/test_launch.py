@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.preloaded import lent_environment
+
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = Path(sys.prefix)
 NOT_SOURCE = shutil.ignore_patterns(
@@ -159,7 +161,7 @@ def test_named_environment_must_be_one(skeleton, tmp_path):
 
 @pytest.mark.slow
 def test_dry_run_prints_command_and_configuration(tmp_path):
-    environment = existing_environment()
+    environment = plain_environment() | lent_environment(tmp_path / "cache")
     repository = shutil.copytree(ROOT, tmp_path / "with some spaces", ignore=NOT_SOURCE)
     done = launch(
         repository,
@@ -215,5 +217,6 @@ def test_training_starts_from_a_path_with_spaces(tmp_path):
         (["train", "--master-port", "1", "--master-port", "2"], "--master-port is set twice"),
     ],
 )
-def test_bad_options_are_one_clear_line(words, message):
-    assert message in only_error(launch(ROOT, *words, env=existing_environment()))
+def test_bad_options_are_one_clear_line(tmp_path, words, message):
+    environment = plain_environment() | lent_environment(tmp_path)
+    assert message in only_error(launch(ROOT, *words, env=environment))

@@ -15,6 +15,7 @@ from inference.arguments import EngineArguments, EvaluationArguments, ModelSourc
 from inference.chat import COMMANDS
 from inference.generation import Sampling
 from model.presets import PRESETS, preset_config
+from tests.preloaded import lent_environment
 from tests.test_budget import BANKS, CALLED, PATH, SOURCE
 from training.command_line import parse
 from training.config import MODEL_SIZES
@@ -42,16 +43,14 @@ def examples(tmp_path_factory) -> tuple[Path, dict[str, str]]:
 
     Returns the folder and what each block printed.
     """
-    if not Path(sys.prefix, "bin", "python").exists():
-        pytest.skip("the running Python has no bin/python to lend to launch.sh")
     folder = tmp_path_factory.mktemp("repository")
     for path in ROOT.glob("[!.]*"):
         if path.name not in ("outputs", "wandb"):
             (folder / path.name).symlink_to(path)
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RANK", "WORLD_SIZE")}
+    environment |= lent_environment(folder / ".cache")
     environment |= {
-        "PRAGNOSIA_VENV": sys.prefix,
-        "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
+        "PATH": f"{environment['PRAGNOSIA_VENV']}/bin:{sys.prefix}/bin:{os.environ['PATH']}",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }

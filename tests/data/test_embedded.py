@@ -1,18 +1,27 @@
 """The embedded datasets: enough of them, verifiable, and split by whole templates."""
 
 import ast
+import functools
 import re
 
 import pytest
 
 from data.code_tasks import TASKS, code_tasks
-from data.conversations import PIECES, TURNS, conversations
+from data.conversations import PIECES, TURNS
 from data.documents import tokenize
+from data.example import Example
 from data.instructions import MAKERS, instructions
 from data.sources import EMBEDDED, Source, split_examples
-from data.stdlib_functions import stdlib_functions
 from data.verify import final_number
 from data.word_problems import TEMPLATES, word_problems
+from training.config import DataArguments
+
+
+@functools.cache
+def halves(name: str) -> tuple[list[Example], list[Example]]:
+    """(training, validation) examples of an embedded dataset: what takes seconds is made once."""
+    source = Source(name, "embedded", name, "embedded", family=EMBEDDED[name].family)
+    return split_examples(source, DataArguments(dataset="embedded"))
 
 
 @pytest.mark.parametrize("generator", [word_problems, code_tasks, instructions])
@@ -52,7 +61,7 @@ def test_instructions_cover_all_kinds():
 
 
 def test_conversations_alternate_and_end_with_an_answer():
-    pieces = list(conversations())
+    pieces = [piece for half in halves("chitchat") for piece in half]
     assert len(pieces) > 3000
     by_conversation: dict[str, int] = {}
     for piece in pieces:
@@ -63,7 +72,7 @@ def test_conversations_alternate_and_end_with_an_answer():
 
 
 def test_stdlib_functions_are_python_without_their_docstring():
-    pairs = list(stdlib_functions())
+    pairs = [pair for half in halves("stdlib") for pair in half]
     assert len(pairs) > 3000
     for pair in pairs:
         name = re.match(r"Write the Python function `(\w+)`\. ", pair.messages[0]["content"])[1]
@@ -74,9 +83,8 @@ def test_stdlib_functions_are_python_without_their_docstring():
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
-def test_whole_templates_are_held_out(name, arguments):
-    source = Source(name, "embedded", name, "embedded", family=EMBEDDED[name].family)
-    train, validation = split_examples(source, arguments())
+def test_whole_templates_are_held_out(name):
+    train, validation = halves(name)
     assert len(train) + len(validation) > 2000 and 0.02 < len(validation) / len(train) < 0.15
     assert not {e.template for e in train} & {e.template for e in validation}
     assert {e.family for e in train + validation} == {EMBEDDED[name].family}

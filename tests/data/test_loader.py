@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 
 from data.loader import ahead, eval_batches, prepare, prepare_rows
 from data.prompts import IGNORED
+from tests.preloaded import python
 from training.config import UserError
 
 from .conftest import arithmetic, make_loader, steps, write_jsonl
@@ -177,7 +177,7 @@ dist.destroy_process_group()
 @pytest.mark.parametrize(("rows", "expected"), [(40, ""), (0, "UserError")])
 def test_two_ranks_get_the_same_data_or_the_same_error(tmp_path, rows, expected):
     path = write_jsonl(tmp_path / "a.jsonl", arithmetic(rows))
-    command = [sys.executable, "-c", RANK]
+    command = [python(), "-c", RANK]
     rest = [str(tmp_path / "store"), str(tmp_path / "cache"), str(path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ranks = [

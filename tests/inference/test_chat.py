@@ -10,6 +10,7 @@ import pexpect
 import pytest
 
 from data.schema import to_example
+from tests.preloaded import python
 
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -19,7 +20,7 @@ CTRL_C, CTRL_D = "\x03", "\x04"
 
 def command(checkpoint: Path, *flags: str) -> list[str]:
     script = str(REPOSITORY / "chat_ds.py")
-    return [sys.executable, script, "--checkpoint", str(checkpoint), "--device", "cpu", "--seed", "1", *flags]
+    return [python(), script, "--checkpoint", str(checkpoint), "--device", "cpu", "--seed", "1", *flags]
 
 
 def pipe(checkpoint: Path, text: str | bytes, *flags: str, cwd: Path) -> subprocess.CompletedProcess:
@@ -212,9 +213,7 @@ def plain_answers(checkpoint, tmp_path_factory) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags", [("--engine", "deepspeed"), ("--num-gpus", "2"), ("--offload",)], ids=lambda flags: flags[0]
-)
+@pytest.mark.parametrize("flags", [("--engine", "deepspeed"), ("--offload",)], ids=lambda flags: flags[0])
 def test_every_engine_answers_as_plain_torch(checkpoint, tmp_path, plain_answers, flags) -> None:
     result = pipe(checkpoint, "hello\nworld\n", *GREEDY, *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr.decode()[-2000:]
@@ -254,7 +253,7 @@ def test_reader_of_the_pipe_may_leave(checkpoint, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_with_two_ranks_stops_only_the_answer(checkpoint, tmp_path) -> None:
-    terminal = Terminal(checkpoint, tmp_path, "--num-gpus", "2", "--temperature", "0", "--max-length", "250")
+    terminal = Terminal(checkpoint, tmp_path, "--num-gpus", "2", "--temperature", "0", "--max-length", "150")
     whole = terminal.say("hello")
     terminal.say("/clear")
     terminal.process.sendline("hello")

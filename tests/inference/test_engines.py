@@ -3,10 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.preloaded import python
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -45,7 +46,7 @@ def run(checkpoint: Path, tmp_path: Path, settings: dict, *launcher: str, device
     script.write_text(SCRIPT)
     python_path = os.pathsep.join([str(REPOSITORY), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     result = subprocess.run(
-        [sys.executable, *launcher, str(script), str(checkpoint), json.dumps(settings), device],
+        [python(), *launcher, str(script), str(checkpoint), json.dumps(settings), device],
         env={**os.environ, "PYTHONPATH": python_path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device},
         capture_output=True,
         text=True,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from inference.evaluation import evaluate_loss
+from tests.preloaded import python
 
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -84,7 +85,7 @@ def evaluate(directory: Path, tmp_path: Path, *flags: str, launcher: tuple[str, 
     files = ",".join(str(directory / name) for name in TAUGHT)
     result = subprocess.run(
         [
-            *(sys.executable, *launcher, str(REPOSITORY / "eval_ds.py"), "--checkpoint", str(directory)),
+            *(python(), *launcher, str(REPOSITORY / "eval_ds.py"), "--checkpoint", str(directory)),
             *("--dataset", files, "--device", "cpu", "--cache-dir", str(tmp_path / "cache")),
             *("--output-file", str(output), *flags),
         ],
@@ -220,7 +221,7 @@ def test_wrong_flags(taught, tmp_path, flags, line) -> None:
     given.update([flags] if len(flags) == 2 else [])
     words = [*(word for pair in given.items() for word in pair), *(flags if len(flags) == 1 else ())]
     result = subprocess.run(
-        [sys.executable, str(REPOSITORY / "eval_ds.py"), *words],
+        [python(), str(REPOSITORY / "eval_ds.py"), *words],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,

@@ -1,15 +1,14 @@
 """Real training processes on a small model, for the tests of runs and checkpoints."""
 
+import contextlib
 import json
-import multiprocessing
 import os
-import runpy
+import signal
 import socket
-import sys
 import tempfile
-from multiprocessing.forkserver import ensure_running
 from pathlib import Path
-from unittest import mock
+
+from tests.preloaded import Process, address
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = (
@@ -69,64 +68,45 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 class Forked:
-    """A process that runs `python words…` with this environment and nothing on its standard input.
-
-    It is forked from one that has imported the libraries already, which takes five seconds of its own; what is
-    done after the imports is as in a process that a shell starts.
-    """
+    """A process that is `python words…` with this environment and nothing on its standard input."""
 
     def __init__(self, words: list[str], variables: dict[str, str], output: Path | None = None):
-        self.file = None if output else tempfile.NamedTemporaryFile()  # noqa: SIM115
-        self.output = output or Path(self.file.name)
-        self.output.touch()
-        self.process = FORKSERVER.Process(target=become, args=(words, variables, str(self.output)))
-        with mock.patch.dict(os.environ, environment(PYTHONPATH=str(REPOSITORY)), clear=True):
-            ensure_running()
-        self.process.start()
+        self.output = open(output, "w+") if output else tempfile.TemporaryFile("w+")  # noqa: SIM115
+        with open(os.devnull) as nothing:
+            files = (nothing.fileno(), self.output.fileno(), self.output.fileno())
+            self.process = Process(address(), words, variables, os.getcwd(), files)
 
     @property
     def returncode(self) -> int | None:
-        return self.process.exitcode
+        return self.poll()
 
     def poll(self) -> int | None:
-        return self.process.exitcode
+        with contextlib.suppress(BlockingIOError):
+            self.process.wait(timeout=0)
+        return self.process.returncode
 
     def send_signal(self, number: int) -> None:
         os.kill(self.process.pid, number)
 
     def kill(self) -> None:
-        self.process.kill()
+        if self.poll() is None:
+            self.send_signal(signal.SIGKILL)
 
-    def wait(self) -> None:
-        self.process.join()
+    def wait(self) -> int:
+        return self.process.wait()
 
     def communicate(self, timeout: float) -> str:
         """All that it printed, when it has ended."""
-        self.process.join(timeout)
-        if self.process.exitcode is None:
-            self.process.kill()
-            raise TimeoutError(self.output.read_text())
-        return self.output.read_text()
+        try:
+            self.process.wait(timeout)
+        except TimeoutError:
+            self.send_signal(signal.SIGKILL)
+            raise TimeoutError(self.printed()) from None
+        return self.printed()
 
-
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["tests.training.preloaded"])
-
-
-def become(words: list[str], variables: dict[str, str], output: str) -> None:
-    """Be `python words…` from here on."""
-    os.environ.clear()
-    os.environ.update(variables)
-    file = os.open(output, os.O_WRONLY)
-    for number in (1, 2):
-        os.dup2(file, number)
-    if words[0] == "-m":
-        sys.argv = words[1:]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = words
-        sys.path[0] = str(Path(words[0]).parent)
-        runpy.run_path(words[0], run_name="__main__")
+    def printed(self) -> str:
+        self.output.seek(0)
+        return self.output.read()
 
 
 def start(arguments: list[str], world_size: int = 1, **extra: str) -> list[Forked]:

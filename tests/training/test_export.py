@@ -163,50 +163,57 @@ def test_our_format_loads_inside_the_repository(tokenizer, tmp_path, placement, 
 
 OUTSIDE = """
 import json, sys, torch
+from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-directory, out, repository, ids_as_json = sys.argv[1:]
+exports, repository, ids_as_json = sys.argv[1:]
 assert repository not in sys.path, sys.path
-tokenizer = AutoTokenizer.from_pretrained(directory)
-model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
-ids = tokenizer(["w3 w14 w15 w9", "w9 w7"], padding=True, padding_side="left", return_tensors="pt")
-answer = model.generate(**ids, max_new_tokens=6, do_sample=False, use_cache=True)
-no_cache = model.generate(**ids, max_new_tokens=6, do_sample=False, use_cache=False)
-model.train().gradient_checkpointing_enable()
-loss = model(ids.input_ids, labels=ids.input_ids).loss
-loss.backward()
-torch.save({
-    "logits": model.eval()(torch.tensor(json.loads(ids_as_json))).logits.detach(),
-    "augmented": model(torch.tensor(json.loads(ids_as_json)), augment=model.cache is not None).logits.detach(),
-    "answer": answer, "no_cache": no_cache, "loss": loss.detach(),
-    "modules": [name for name in ("model", "experts", "kernels", "training") if name in sys.modules],
-    "config": AutoConfig.from_pretrained(directory, trust_remote_code=True).num_params(),
-}, out)
+for directory in sorted(path for path in Path(exports).iterdir() if path.is_dir()):
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True).eval()
+    ids = tokenizer(["w3 w14 w15 w9", "w9 w7"], padding=True, padding_side="left", return_tensors="pt")
+    answer = model.generate(**ids, max_new_tokens=6, do_sample=False, use_cache=True)
+    no_cache = model.generate(**ids, max_new_tokens=6, do_sample=False, use_cache=False)
+    model.train().gradient_checkpointing_enable()
+    loss = model(ids.input_ids, labels=ids.input_ids).loss
+    loss.backward()
+    given = torch.tensor(json.loads(ids_as_json))
+    torch.save({
+        "logits": model.eval()(given).logits.detach(),
+        "augmented": model(given, augment=model.cache is not None).logits.detach(),
+        "answer": answer, "no_cache": no_cache, "loss": loss.detach(),
+        "modules": [name for name in ("model", "experts", "kernels", "training") if name in sys.modules],
+        "config": AutoConfig.from_pretrained(directory, trust_remote_code=True).num_params(),
+    }, f"{directory}.pt")
 """
 
+OVERRIDES = {
+    "tied": {},
+    "untied": {"tie_word_embeddings": False},
+    "step routing and memory": {"routing": "step", "expert_pool": 3, "memory": MEMORY},
+    "cache": {"cache": CACHE},
+}
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {},
-        {"tie_word_embeddings": False},
-        {"routing": "step", "expert_pool": 3, "memory": MEMORY},
-        {"cache": CACHE},
-    ],
-    ids=["tied", "untied", "step routing and memory", "cache"],
-)
-def test_our_format_loads_outside_the_repository(tokenizer, tmp_path, overrides):
-    model = small_model(**overrides)
-    directory = exported(model, tokenizer, tmp_path / "exported model")
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
+
+@pytest.fixture(scope="module")
+def read_outside(tokenizer, tmp_path_factory) -> Path:
+    """A directory of exports, each with what a process outside the repository found in it."""
+    exports = tmp_path_factory.mktemp("exports")
+    for name, overrides in OVERRIDES.items():
+        exported(small_model(**overrides), tokenizer, exports / name)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    environment |= {"HF_HOME": str(elsewhere / "hf"), "HF_HUB_OFFLINE": "1"}
     repository = str(Path(__file__).resolve().parents[2])
-    command = [sys.executable, "-c", OUTSIDE, str(directory), str(tmp_path / "out.pt"), repository]
-    command.append(json.dumps(IDS.tolist()))
+    command = [sys.executable, "-c", OUTSIDE, str(exports), repository, json.dumps(IDS.tolist())]
     result = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    found = torch.load(tmp_path / "out.pt")
+    return exports
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_our_format_loads_outside_the_repository(read_outside, name):
+    model = small_model(**OVERRIDES[name])
+    found = torch.load(read_outside / f"{name}.pt")
     assert found["modules"] == []
     assert_equal_logits(found["logits"], model(IDS).logits)
     assert_equal_logits(found["augmented"], model(IDS, augment=model.cache is not None).logits)

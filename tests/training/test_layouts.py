@@ -226,7 +226,7 @@ def run_worker(layouts: list[dict], ranks: int, directory: Path) -> list[dict]:
         outputs = [process.communicate(TIMEOUT)[-3000:] for process in processes]
     finally:
         for process in processes:
-            process.process.kill()
+            process.kill()
     codes = [process.returncode for process in processes]
     assert codes == [0] * ranks, "\n".join([str(codes), *outputs])
     return torch.load(directory / "out.pt")

@@ -3,10 +3,10 @@
 import json
 import shutil
 import subprocess
-import sys
 
 import pytest
 
+from tests.preloaded import python
 from tests.training.runs import (
     REPOSITORY,
     command,
@@ -144,10 +144,10 @@ def test_bad_input_is_one_clear_line(data, uninterrupted, tmp_path, flags, words
         assert word in line
 
 
-def python(tmp_path, *words: str, **options) -> str:
+def printed_by(tmp_path, *words: str, **options) -> str:
     """What a script printed."""
     done = subprocess.run(
-        [sys.executable, *words],
+        [python(), *words],
         env=environment(), capture_output=True, text=True, cwd=tmp_path, timeout=300, **options,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -159,7 +159,7 @@ def evaluate(directory, data, tmp_path, batch_size: str, *launcher: str) -> dict
     output = tmp_path / "results.json"
     words = ["--dataset", str(data), "--output-file", str(output), "--max-samples", "12", "--device", "cpu"]
     words += ["--batch-size", batch_size, "--cache-dir", str(tmp_path / "cache"), "--max-length", "64"]
-    printed = python(
+    printed = printed_by(
         tmp_path, *launcher, str(REPOSITORY / "eval_ds.py"), "--checkpoint", str(directory), *words
     )
     assert printed.count("training_choice_loss") == printed.count("choice_gap") == 1
@@ -188,5 +188,5 @@ def test_evaluation_on_two_ranks_chooses_together(data, uninterrupted, tmp_path)
 
 def test_chat(uninterrupted, tmp_path):
     words = [str(REPOSITORY / "chat_ds.py"), "--checkpoint", str(uninterrupted[0]), "--device", "cpu"]
-    printed = python(tmp_path, *words, "--max-length", "8", input="What is 1 + 1?\nWhat is 2 + 2?\n")
+    printed = printed_by(tmp_path, *words, "--max-length", "8", input="What is 1 + 1?\nWhat is 2 + 2?\n")
     assert len(printed.splitlines()) == 2
