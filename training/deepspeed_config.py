@@ -166,7 +166,7 @@ def load(
         if key in WITHOUT_EFFECT:
             raise UserError(f"{file}: {key} has no effect in this trainer: take it out of the JSON")
     autoep_size = _autoep_size(file, config)
-    if placement != "resident" and autoep_size != "auto":
+    if placement != "resident" and autoep_size not in ("auto", 1):
         raise UserError(
             f"{file}: {EXPERT_PARALLEL}.autoep_size {autoep_size} has no effect on {placement} experts: "
             'write "auto", or use --placement resident'

@@ -133,21 +133,23 @@ def test_resume_and_change_who_shares(tmp_path, stage):
 def test_weights_go_to_every_placement_and_back(tmp_path):
     """What shared experts export starts a streamed and a paged run, whose exports start shared ones again."""
     data = write_rows(tmp_path / "rows.jsonl")
-    shared, _ = run(data, tmp_path / "shared", "--max-steps", "2", world_size=2)
+    sharing = ("--expert-parallel-size", "2")
+    shared, _ = run(data, tmp_path / "shared", "--max-steps", "2", *sharing, world_size=2)
     still = ("--max-steps", "1", "--learning-rate", "0", "--local-learning-rate", "0", "--init-from")
     before = weights(shared / "final_model")
     for placement in ("streamed", "zero3"):
         output = tmp_path / placement
         other, _ = run(data, output, "--placement", placement, *still, str(shared))
-        back, text = run(data, tmp_path / f"{placement} and back", *still, str(other), world_size=2)
+        back, text = run(data, tmp_path / f"{placement} and back", *still, str(other), *sharing, world_size=2)
         assert "shared by groups of 2" in text
         assert weights(other / "final_model") == weights(back / "final_model") == before
 
 
 def test_without_zero_who_shares_cannot_change(tmp_path):
     data = write_rows(tmp_path / "rows.jsonl")
-    first, _ = run(data, tmp_path / "out", "--max-steps", "1", world_size=2)
-    _, text = run(data, tmp_path / "out", "--max-steps", "2", "--resume", str(first), expect=2)
+    first, _ = run(data, tmp_path / "out", "--max-steps", "1", "--expert-parallel-size", "2", world_size=2)
+    again = ("--max-steps", "2", "--expert-parallel-size", "1", "--resume", str(first))
+    _, text = run(data, tmp_path / "out", *again, expect=2)
     assert "--expert-parallel-size 2, this run has 1" in text and "Traceback" not in text
 
 
