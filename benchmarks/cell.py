@@ -235,7 +235,6 @@ def recorded_step(engine, cell: Cell, ranks, batch: dict) -> dict:
     import torch
     from torch.profiler import ProfilerActivity, profile, schedule
 
-    from benchmarks import deepspeed_moe
     from training.step import train_step
 
     on_gpu = ranks.device.type == "cuda"
@@ -254,7 +253,9 @@ def recorded_step(engine, cell: Cell, ranks, batch: dict) -> dict:
     seconds = [e.time_range.elapsed_us() / 1e6 for e in recorder.events() if ALL_TO_ALL.match(e.name)]
     row = {"all_to_all_s": sum(seconds)} if seconds else {}
     if cell.placement == "deepspeed.moe":
-        row["dropped_rows"] = deepspeed_moe.dropped_rows(engine, batch)
+        from benchmarks.deepspeed_moe import dropped_rows
+
+        row["dropped_rows"] = dropped_rows(engine, batch)
     return row
 
 

@@ -46,7 +46,7 @@ from model.presets import PRESETS, preset_config
 from training import deepspeed_config
 
 MODEL_SIZES = {"resident": ["1B", "3B", "7B"], "streamed": ["7B", "13B"]}
-SAME_START = {"fp32": 1e-5, "bf16": 5e-4}  # relative difference of the first losses, by precision
+SAME_START = {"fp32": 1e-5, "bf16": 1e-4}  # relative difference of the first losses, by precision
 SAME_LOSS = 0.01  # relative difference of the last losses
 # Dense bf16 TFLOP/s by a part of the GPU's name, from NVIDIA's data sheets of H200, H100, A100, HGX B200 and L40S
 # (where they give the rate with sparsity, half of it) and its white paper on the Ada architecture.

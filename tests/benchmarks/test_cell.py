@@ -68,6 +68,19 @@ def test_the_first_rank_that_failed_says_why(tmp_path):
     assert error_in(tmp_path, [1, 1]) == "error of rank 1"
 
 
+def test_all_to_all_is_known_by_its_names():
+    kernels = (
+        "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)",
+        "ncclKernel_AllToAll",
+        "gloo:all_to_all",
+    )
+    others = "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "nccl:all_to_all"
+    assert all(cell_module.ALL_TO_ALL.match(name) for name in kernels)
+    assert not any(
+        cell_module.ALL_TO_ALL.match(name) for name in (*others, "AllToAll", "c10d::alltoall_base_")
+    )
+
+
 def test_cells_that_share_an_engine_differ_in_their_load_alone():
     cell = Cell(placement="resident", **TINY)
     with pytest.raises(AssertionError, match="differ"):
