@@ -117,6 +117,8 @@ def cells(args: argparse.Namespace, jsons: Path, gpus: list[int]) -> Iterator[Ce
         SystemExit: rows of a step that do not divide among the GPUs.
     """
     step_rows = args.step_rows or args.batch_size
+    if min(gpus) < 1:
+        raise SystemExit("--num-gpus must be at least 1")
     uneven = [count for count in gpus if "strong" in args.scaling and step_rows % count]
     if uneven:
         raise SystemExit(f"--step-rows {step_rows} do not divide among {uneven[0]} GPUs: use another number")

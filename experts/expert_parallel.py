@@ -128,7 +128,7 @@ class Exchange:
         received_WR = torch.empty_like(sent_WR)
         dist.all_to_all_single(received_WR, sent_WR, group=group)
         splits = torch.stack((sent_WR.sum(1), received_WR.sum(1)))
-        # The one wait for the device in a layer: a collective must be given its sizes on the host.
+        # A wait for the device: a collective must be given its sizes on the host.
         self.sent, self.received = splits.tolist()
         self.counts_R = received_WR.sum(0)
         places_N = self.places_by_expert(received_WR, sum(self.received))

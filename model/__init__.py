@@ -5,7 +5,7 @@ Tensor names carry their shape, one letter a dimension, in the whole project:
     B batch                H query heads          E experts            N routed rows = T·K
     S sequence             G key-value heads      K experts a token    M memory or cache entries
     T tokens = B·S         C head size            R experts in a page  V vocabulary
-    D model width          F expert hidden width
+    D model width          F expert hidden width  W ranks that share a layer's experts
 
 Importing this package registers the model with the Auto classes of `transformers`.
 """

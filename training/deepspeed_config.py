@@ -422,6 +422,10 @@ def _check_placement(file: Path, zero: dict[str, Any], placement: str) -> None:
             f"{file}: the zero3 placement needs zero_optimization.stage 3 with an offload_param device: "
             "take another JSON or --placement resident"
         )
+    if placement == "resident" and offloads["offload_optimizer"] and not zero.get("stage"):
+        raise UserError(
+            f"{file}: zero_optimization.offload_optimizer needs stage 1, 2 or 3: set one, or take it out"
+        )
     if placement == "resident" and offloads["offload_param"]:
         raise UserError(
             f"{file}: zero_optimization.offload_param needs the zero3 or streamed placement: "

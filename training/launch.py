@@ -103,12 +103,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings, device = None, _device_option(rest)
     else:
         os.execv(sys.executable, alone)
+    hosts = chosen_hosts(own)
     with tempfile.NamedTemporaryFile("w", prefix="hosts-") as file:
         run, world_size = prepare_run(own, device, [script, *rest], file)
         if settings is not None and settings.dry_run:
             for command in run.commands:
                 print("launcher:", shlex.join(command), flush=True)
-            return subprocess.run(alone, env={**os.environ, "WORLD_SIZE": str(world_size)}).returncode
+            ranks = {
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(max(hosts.values(), default=world_size)),
+            }
+            return subprocess.run(alone, env={**os.environ, **ranks}).returncode
         return run.run()
 
 

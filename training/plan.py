@@ -108,7 +108,7 @@ def make_plan(
         )
     check_components(config, args)
     precision = args.precision or ("bf16" if device == "cuda" else "fp32")
-    nodes = int(os.environ.get("CROSS_SIZE", "1"))  # set by the launcher
+    nodes = math.ceil(world_size / int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
     preset = size if size in deepspeed_config.NOMINAL_PARAMETERS else deepspeed_config.nearest_preset(
         config.num_params()
     )  # fmt: skip

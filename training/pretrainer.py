@@ -63,7 +63,7 @@ from training.plan import Plan, check_host_memory, make_plan, resolve_device
 from training.randomness import random_state, set_random_state, set_seeds
 from training.schedule import learning_rate_factor
 from training.step import StepResult, reduce_results, train_step
-from training.universal import UNIVERSAL_CLIENT_STATE, load_state, rewrite_experts, to_universal
+from training.universal import UNIVERSAL_CLIENT_STATE, load_state, to_universal
 from training.weights import Source, directory_weights, fill_counts, initial_weights, model_weights
 
 STATE_TAG = "state"
@@ -457,13 +457,12 @@ class Pretrainer:
             if was_shared_by != is_shared_by:
                 raise UserError(
                     f"{resume} was trained with --expert-parallel-size {was_shared_by}, this run has "
-                    f"{is_shared_by}, and without ZeRO that cannot change: resume as it was, or use --init-from"
+                    f"{is_shared_by}, and without ZeRO that cannot change: use that size, or --init-from"
                 )
             return None  # every rank holds everything of its part: any number of ranks can read it
         target = self.run_dir / ".tmp-universal"
         if self.is_main:
-            to_universal(resume / STATE_TAG, target)
-            rewrite_experts(target, self.config, shared=is_shared_by > 1)
+            to_universal(resume / STATE_TAG, target, self.config, shares_experts=is_shared_by > 1)
         dist.barrier()
         return target
 

@@ -31,7 +31,7 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     # Of the step: a batch script and `srun --pty bash` have the job's SLURM_NTASKS too, and are alone.
     if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         tasks = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
-        number = int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])
+        number = 16 * int(environment["SLURM_JOB_ID"]) + int(environment["SLURM_STEP_ID"])
         return {
             "RANK": environment["SLURM_PROCID"],
             "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
@@ -64,13 +64,15 @@ def interface_towards(address: str) -> str | None:
     Raises:
         UserError: the name is not known here.
     """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # connecting one sends nothing
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+    except socket.gaierror as error:
+        raise UserError(f"{address}, the address of the first machine: {error.strerror}") from None
+    with socket.socket(family, kind) as probe:  # connecting one sends nothing
         try:
-            probe.connect((address, 9))
-        except socket.gaierror as error:
-            raise UserError(f"{address}, the address of the first machine: {error.strerror}") from None
+            probe.connect(where)
         except OSError:
-            return None  # no route, or an IPv6 address: gloo looks for itself
+            return None  # no route: gloo looks for itself
         own = probe.getsockname()[0]
     names = [name for name, found in psutil.net_if_addrs().items() if own in (a.address for a in found)]
-    return None if own.startswith("127.") or not names else names[0]
+    return None if own == "::1" or own.startswith("127.") or not names else names[0]

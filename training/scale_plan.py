@@ -425,16 +425,18 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *lines[1:]]
 
 
-def launch_words(found: Forecast, cluster: Cluster, argv: Sequence[str], file: str) -> list[str]:
-    """The command that runs a combination: the words of `--plan`'s own that are not about planning, and what was
-    chosen; `file` is where its JSON will be."""
+def launch_words(
+    found: Forecast, cluster: Cluster, argv: Sequence[str], file: str, idle: Sequence[str] = ()
+) -> list[str]:
+    """The command that runs a combination: the words of `--plan`'s own that are not about planning nor among the
+    flags that would be `idle`, and what was chosen; `file` is where its JSON will be."""
     chosen, words, skip = found.combination, [], False
     for word in argv:
         flag, equals, _ = word.partition("=")
         flag = flag.replace("_", "-")
         if skip or flag in PLAN_SWITCHES:
             skip = False
-        elif flag in PLAN_FLAGS:
+        elif flag in PLAN_FLAGS or flag in idle:
             skip = not equals
         else:
             words.append(word)
@@ -506,7 +508,8 @@ def plan_lines(
             "--batch-size with more --gradient-accumulation-steps, or more GPUs",
         ]
     name = f"{size}_plan.json"
-    words = launch_words(chosen, cluster, argv, name)
+    idle = [flag.split()[0] for flag in idle_expert_flags(args, chosen.combination.placement)]
+    words = launch_words(chosen, cluster, argv, name, idle)
     lines += [
         f"fastest     {', '.join(' '.join(pair) for pair in zip(COLUMNS[:3], cells(chosen)[:3], strict=True))}"
     ]

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 UNIVERSAL_CLIENT_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
 
 
-def to_universal(state: Path, target: Path) -> None:
-    """Convert a `state/` directory of a ZeRO checkpoint; needs as much free disk as the state takes.
+def to_universal(state: Path, target: Path, config: PragnosiaConfig, *, shares_experts: bool) -> None:
+    """Convert a `state/` directory of a ZeRO checkpoint for ranks that share experts, or do not.
+
+    It needs as much free disk as the state takes.
 
     Raises:
         UserError: DeepSpeed cannot convert it.
@@ -41,6 +43,7 @@ def to_universal(state: Path, target: Path) -> None:
     try:
         with contextlib.redirect_stdout(chatter):
             ds_to_universal.main(arguments)
+        rewrite_experts(target, config, shared=shares_experts)
     except Exception as error:
         raise UserError(
             f"{state} cannot be converted for another number of ranks ({type(error).__name__}: {error}): "

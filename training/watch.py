@@ -171,8 +171,12 @@ class MpiWatch(Watch):
         pass
 
     def _pass_on(self, number: int) -> None:
-        for mpirun in psutil.Process(self.launcher.pid).children():
-            mpirun.send_signal(signal.SIGUSR1)
+        with contextlib.suppress(psutil.Error):
+            started = psutil.Process(self.launcher.pid).children()
+            for mpirun in started:
+                mpirun.send_signal(signal.SIGUSR1)
+            if not started:
+                os.killpg(self.launcher.pid, signal.SIGTERM)
 
 
 def say_stopping(number: int) -> None:

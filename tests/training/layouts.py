@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepspeed.utils import safe_get_full_grad
 
-from experts import canonical
+from experts import canonical, exported_name
 from experts.placement import ordinary_placement
 from kernels.reference import inverse
 from model import PragnosiaForCausalLM
@@ -200,10 +200,10 @@ def record_gradients(engine) -> dict[str, torch.Tensor]:
         if engine.is_gradient_accumulation_boundary() and not gradients:
             for name, parameter in engine.module.named_parameters():
                 gradient = safe_get_full_grad(parameter).detach().cpu().clone()
-                exported, first = canonical(name, parameter)
                 if hasattr(parameter, "owners"):
-                    gradients[exported] = joined(gradient, parameter.owners)
+                    gradients[exported_name(name)] = joined(gradient, parameter.owners)
                     continue
+                exported, first = canonical(name, gradient)
                 gradients[exported] = torch.cat((gradients[exported], gradient)) if first else gradient
         apply_update()
 

@@ -198,6 +198,10 @@ def test_nearest_preset(parameters, preset):
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
             "offload_param needs the zero3",
         ),
+        (
+            {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+            "offload_optimizer needs stage 1",
+        ),
         ("{", "line 1: not JSON"),
         ("[]", "expected an object"),
         ('{"zero_optimization": {"stage": 1, "stage": 2}}', "stage is set twice"),

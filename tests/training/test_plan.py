@@ -48,12 +48,12 @@ def test_a_memory_counts_in_the_plan():
     assert recomputed.memory.device < more.memory.device
 
 
-def test_resident_experts_are_shared_by_as_many_ranks_as_can():
+def test_resident_experts_are_shared_by_as_many_ranks_as_can(monkeypatch):
     """Fewer where the flag says so; and memory is counted by it, 16 bytes an expert's value in fp32."""
     config = preset_config("1B")
     plans = [
         plan_of(config, placement="resident", world_size=16, expert_parallel_size=size)
-        for size in (None, 2, 1)
+        for size in (16, 2, 1)
     ]
     assert [plan.expert_parallel for plan in plans] == [16, 2, 1]
     experts = config.num_hidden_layers * config.num_experts * config.expert_params()
@@ -61,12 +61,15 @@ def test_resident_experts_are_shared_by_as_many_ranks_as_can():
     assert all_of_them - half == 16 * experts / 2 and half - least == 16 * experts * (1 / 2 - 1 / 16)
     assert "shared by groups of 2 ranks" in plans[1].lines(TrainingArguments(), 64)[1]
     assert "shared" not in plans[2].lines(TrainingArguments(), 64)[1]
-    assert plan_of(config, placement="auto", world_size=6).expert_parallel == 2
+    assert plan_of(config, placement="resident", world_size=16).expert_parallel == 1  # on a CPU
+    monkeypatch.setattr("training.plan._device_memory", lambda _device: 80e9)
+    for ranks, shared in ((16, 16), (6, 2)):
+        assert plan_of(config, device="cuda", placement="auto", world_size=ranks).expert_parallel == shared
     assert plan_of(config).expert_parallel == plan_of(config, placement="zero3").expert_parallel == 1
 
 
 def test_a_json_that_nobody_named_bounds_the_ranks_that_share_experts(monkeypatch):
-    monkeypatch.setenv("CROSS_SIZE", "3")  # machines, as the launcher says
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # on each of three machines
     monkeypatch.setattr("training.plan._device_memory", lambda _device: 80e9)  # this one may have no GPU
     cluster = {"placement": "resident", "device": "cuda", "world_size": 24}
     config = preset_config("13B")

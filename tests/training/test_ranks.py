@@ -23,7 +23,7 @@ def test_a_rank_of_slurm():
         "LOCAL_RANK": "1",
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "gpu007",
-        "MASTER_PORT": "24567",
+        "MASTER_PORT": "23072",
     }
     assert rank_variables(SLURM) == expected
     chosen = {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29501"}
@@ -78,3 +78,4 @@ def test_tasks_of_every_machine():
 
 def test_loopback_is_no_way_to_other_machines():
     assert interface_towards("127.0.0.1") is None
+    assert interface_towards("::1") is None

@@ -251,6 +251,7 @@ def lines_of(command: str) -> tuple[list[str], list[scale.Forecast]]:
         "--model-size 1B --plan --gpus 1 --gpu l4 --batch-size 16 --gradient-accumulation-steps 2",
         "--model-size 13B --plan --gpus 8 --gpu rtx-4090 --gradient-checkpointing --offload-to-cpu",
         "--model-size 13B --plan --gpus 1 --gpu rtx-3090 --batch-size 8 --gradient-checkpointing",
+        "--model-size 3B --plan --gpus 8 --expert-state int8 --expert-vram=512MB",
     ],
 )
 def test_what_is_recommended_is_what_would_run(command, tmp_path, monkeypatch):
@@ -268,7 +269,7 @@ def test_what_is_recommended_is_what_would_run(command, tmp_path, monkeypatch):
         Path(name).write_text(lines[-1])
     settings = parse(rest)
     gpu = parse(command.split()).plan.cluster.gpu
-    monkeypatch.setenv("CROSS_SIZE", str(max(1, ranks // 8)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(min(8, ranks)))
     monkeypatch.setattr("training.plan._device_memory", lambda _device: gpu.memory)
     plan = make_plan(
         preset_config(settings.model.model_size), settings.training, size=settings.model.model_size,
