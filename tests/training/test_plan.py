@@ -52,8 +52,7 @@ def test_resident_experts_are_shared_by_as_many_ranks_as_can(monkeypatch):
     """Fewer where the flag says so; and memory is counted by it, 16 bytes an expert's value in fp32."""
     config = preset_config("1B")
     plans = [
-        plan_of(config, placement="resident", world_size=16, expert_parallel_size=size)
-        for size in (16, 2, 1)
+        plan_of(config, placement="resident", world_size=16, expert_parallel_size=size) for size in (16, 2, 1)
     ]
     assert [plan.expert_parallel for plan in plans] == [16, 2, 1]
     experts = config.num_hidden_layers * config.num_experts * config.expert_params()
