@@ -54,7 +54,7 @@ def stdlib_functions(longest: int = 700) -> Iterator[Example]:
                 tree = ast.parse(source)
         except (UnicodeDecodeError, SyntaxError):
             continue
-        lines = source.splitlines()
+        lines = source.split("\n")  # a form feed ends no line for the parser
         for node in _functions(tree):
             pair = _pair(node, lines)
             if pair is None or len(pair[1]) > longest or pair[1] in seen or not _is_python(pair[1]):

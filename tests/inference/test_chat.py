@@ -254,6 +254,8 @@ def test_reader_of_the_pipe_may_leave(checkpoint, tmp_path) -> None:
 @pytest.mark.slow
 def test_ctrl_c_with_two_ranks_stops_only_the_answer(checkpoint, tmp_path) -> None:
     terminal = Terminal(checkpoint, tmp_path, "--num-gpus", "2", "--temperature", "0", "--max-length", "150")
+    terminal.say("hello")  # what the ranks say of themselves may come this late
+    terminal.say("/clear")
     whole = terminal.say("hello")
     terminal.say("/clear")
     terminal.process.sendline("hello")

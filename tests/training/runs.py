@@ -64,7 +64,8 @@ def environment(**extra: str) -> dict[str, str]:
     inherited = {
         key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     }
-    return {**inherited, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **extra}
+    own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
+    return {**inherited, **own, **extra}
 
 
 class Forked:
