@@ -5,7 +5,7 @@ it reduces, partitions and saves them over the *expert-data-parallel* group, the
 The layer here is a subclass that takes over those contracts and nothing else: the router, its losses, the
 permutation and the experts are the model's own. Written for DeepSpeed 0.19.8.
 
-An expert-parallel group has W ranks (the names follow `model`, W a rank of the group, R experts a rank).
+Of the W ranks of an expert-parallel group each has R = E / W experts.
 """
 
 from __future__ import annotations

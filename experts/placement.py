@@ -50,6 +50,7 @@ class Placement:
 def ordinary_placement(name: str, page_size: int | None, expert_parallel: int = 1) -> Placement:
     """`resident` or `zero3`; resident experts are spread over groups of `expert_parallel` ranks."""
     if name == "zero3":
+        assert page_size is not None
         return Placement(partial(Zero3Bank, page_size=page_size))
     assert name == "resident", name
     if expert_parallel > 1:

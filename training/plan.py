@@ -136,7 +136,13 @@ def make_plan(
             )
             page_size = stream.page_size
         expert_parallel = 1
-        if placement == "resident":
+        if placement == "resident" and has_frozen_experts(config, args):
+            if (args.expert_parallel_size or 1) > 1:
+                raise UserError(
+                    f"--expert-parallel-size {args.expert_parallel_size}: DeepSpeed shares only experts that "
+                    f"learn, and here some are frozen: leave it out"
+                )
+        elif placement == "resident":
             expert_parallel = deepspeed_config.resolve_expert_parallel(
                 config.num_experts,
                 world_size,
@@ -195,6 +201,14 @@ def check_components(config: PragnosiaConfig, args: TrainingArguments) -> None:
                 f"--export-format qwen3_moe: Qwen3-MoE has no {name} component; leave it out, or use "
                 f"--no-{flag.replace('_', '-')}"
             )
+
+
+def has_frozen_experts(config: PragnosiaConfig, args: TrainingArguments) -> bool:
+    """Whether some experts do not learn (see `training.engine.freeze`): the model's beside a coprocessor, or those
+    of a coprocessor that began as a copy."""
+    if args.stage == "cache":
+        return not args.cache_joint
+    return bool(config.cache) and config.cache["coprocessor"] == "copy"
 
 
 def idle_expert_flags(args: TrainingArguments, placement: str) -> dict[str, str]:

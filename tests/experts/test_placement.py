@@ -30,3 +30,5 @@ def test_experts_that_are_parameters(tmp_path, name, page_size, kind):
 def test_other_names_are_a_mistake():
     with pytest.raises(AssertionError):
         ordinary_placement("streamed", 1)
+    with pytest.raises(AssertionError):
+        ordinary_placement("zero3", None)

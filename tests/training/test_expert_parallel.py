@@ -145,6 +145,20 @@ def test_weights_go_to_every_placement_and_back(tmp_path):
         assert weights(other / "final_model") == weights(back / "final_model") == before
 
 
+def test_frozen_experts_are_not_shared(tmp_path):
+    """DeepSpeed wants an optimizer group of shared experts, and under ZeRO-3 saves none that are frozen."""
+    data = write_rows(tmp_path / "rows.jsonl")
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    base, _ = run(data, tmp_path / "base", "--max-steps", "1")
+    words = ("--stage", "cache", "--use-cache-augmentation", "--max-steps", "1", "--init-from", str(base))
+    words += ("--deepspeed-config", str(tmp_path / "ds.json"))
+    cache, text = run(data, tmp_path / "cache", *words, world_size=2)
+    assert (cache / "final_model").is_dir() and "shared by" not in text
+    _, text = run(data, tmp_path / "out", *words, "--expert-parallel-size", "2", world_size=2, expect=2)
+    assert "--expert-parallel-size 2: DeepSpeed shares only experts that learn" in text
+    assert "Traceback" not in text
+
+
 def test_without_zero_who_shares_cannot_change(tmp_path):
     data = write_rows(tmp_path / "rows.jsonl")
     first, _ = run(data, tmp_path / "out", "--max-steps", "1", "--expert-parallel-size", "2", world_size=2)
