@@ -63,6 +63,8 @@ class Cell:
     kernels: str | None = None
     """What routes tokens, for `kernels.dispatch.use`; its row says what did."""
     expert_parallel_size: int | None = None
+    learning_rate: float | None = None
+    """Of dense parameters and experts alike."""
     router_losses: bool = True
     """False: they weigh nothing, as for layers that have none."""
     record: bool = False
@@ -140,8 +142,12 @@ def build(cell: Cell) -> tuple:
         return engine, config, ranks, lambda _: None
     ranks = start_ranks(device)
 
+    rate = cell.learning_rate
+    rates = {} if rate is None else {"learning_rate": rate, "local_learning_rate": rate}
+
     def arguments(load: Cell) -> TrainingArguments:
         return TrainingArguments(
+            **rates,
             per_device_train_batch_size=load.batch_size,
             placement="resident" if load.placement in DEEPSPEED else load.placement,
             deepspeed_config=load.deepspeed_config,

@@ -124,8 +124,8 @@ def measured_before(path: Path, device: str | None) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows as a Markdown table; a row's missing cells stay empty."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    """Rows as a Markdown table of plain values; a row's missing cells stay empty."""
+    columns = list(dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, dict | list)))
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for row in rows:
         cells = [f"{v:,.4g}" if isinstance(v, float) else str(v) for v in (row.get(c, "") for c in columns)]

@@ -47,6 +47,9 @@ from training import deepspeed_config
 
 MODEL_SIZES = {"resident": ["1B", "3B", "7B"], "streamed": ["7B", "13B"]}
 SAME_START = {"fp32": 1e-5, "bf16": 1e-4}  # relative difference of the first losses, by precision
+LEARNING_RATE = (
+    1e-5  # small: where a batch is learnt by heart in a few steps, rounding alone parts the losses
+)
 SAME_LOSS = 0.01  # relative difference of the last losses
 # Dense bf16 TFLOP/s by a part of the GPU's name, from NVIDIA's data sheets of H200, H100, A100, HGX B200 and L40S
 # (where they give the rate with sparsity, half of it) and its white paper on the Ada architecture.
@@ -137,6 +140,7 @@ def cells(args: argparse.Namespace, jsons: Path, gpus: list[int]) -> Iterator[Ce
                             steps=args.steps,
                             device=args.device,
                             num_gpus=count,
+                            learning_rate=LEARNING_RATE,
                             router_losses=False,
                             record=True,
                             **layout,

@@ -21,9 +21,10 @@ from kernels.reference import RouterStatistics, Routing
 
 PROGRAMS = 512  # at most so many chunks: some for each multiprocessor, and few enough to add up
 TILE = 1024  # tokens · experts that a program holds in registers
-FINALIZE = {"BLOCK_P": 128, "BLOCK_E": 8}
+FINALIZE = {"BLOCK_P": 512, "BLOCK_E": 4}
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
-LOWEST = tl.constexpr(-(2**63))
+LAUNCH_BACKWARD = LAUNCH | {"num_warps": 1}
+LOWEST = tl.constexpr(-(2**31))  # below all values
 TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -62,6 +63,8 @@ def route_op(
     ids_TK, weights_TK, counts_E, order_N, places_TK, balance, z, entropy, load_E, lse_T, tokens = results
     (T, E), K = logits_TE.shape, num_active
     tokens_a_tile, block_E = tile(E)
+    place_tokens, _ = tile(E, TILE // 2)
+    block_K = triton.next_power_of_2(K)
     chunk = tokens_a_tile * max(1, triton.cdiv(T, tokens_a_tile * PROGRAMS))
     P = max(1, triton.cdiv(T, chunk))
     first_PE = ids_TK.new_empty(P, E, dtype=torch.int32)
@@ -70,14 +73,14 @@ def route_op(
     forward_kernel[(P,)](
         logits_TE, valid_T, allowed, bias_E, ids_TK, weights_TK, lse_T, first_PE, load_PE, probs_PE, sums_3P,
         T, E, chunk, scale, 0 if allowed is None or allowed.dim() == 1 else E,
-        K, renormalise, sigmoid, TYPES[lse_T.dtype], tokens_a_tile, block_E, **LAUNCH,
+        K, renormalise, sigmoid, TYPES[lse_T.dtype], tokens_a_tile, block_E, block_K, **LAUNCH,
     )  # fmt: skip
     finalize_kernel[(triton.cdiv(E, FINALIZE["BLOCK_E"]),)](
         first_PE, load_PE, probs_PE, counts_E, load_E, probs_E, P, E, **FINALIZE, **LAUNCH
     )
     place_kernel[(P + 1,)](
         ids_TK, first_PE, counts_E, load_E, probs_E, sums_3P, order_N, places_TK, balance, z, entropy, tokens,
-        T, E, P, chunk, K, tokens_a_tile, block_E, triton.next_power_of_2(PROGRAMS), **LAUNCH,
+        T, E, P, chunk, K, place_tokens, block_E, triton.next_power_of_2(PROGRAMS), **LAUNCH,
     )  # fmt: skip
     return results
 
@@ -109,12 +112,12 @@ def route_backward_op(
     (T, E), K = logits_TE.shape, ids_TK.shape[1]
     if grad_weights_TK is not None:
         grad_weights_TK = grad_weights_TK.contiguous()
-    tokens_a_tile, block_E = tile(E)
+    tokens_a_tile, block_E = tile(E, TILE // 4)
     if T:
         backward_kernel[(triton.cdiv(T, tokens_a_tile),)](
             logits_TE, as_bytes(valid_T), ids_TK, weights_TK, load_E, lse_T, tokens,
             grad_weights_TK, grad_balance, grad_z, grad_TE,
-            T, E, scale, K, renormalise, sigmoid, TYPES[lse_T.dtype], tokens_a_tile, block_E, **LAUNCH,
+            T, E, scale, K, renormalise, sigmoid, TYPES[lse_T.dtype], tokens_a_tile, block_E, **LAUNCH_BACKWARD,
         )  # fmt: skip
     return grad_TE
 
@@ -163,10 +166,10 @@ def as_bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
-def tile(num_experts: int) -> tuple[int, int]:
-    """How many tokens, and experts with padding, a program holds."""
+def tile(num_experts: int, size: int = TILE) -> tuple[int, int]:
+    """How many tokens, and experts with padding, a program holds at once."""
     block_E = max(2, triton.next_power_of_2(num_experts))
-    return max(1, TILE // block_E), block_E
+    return max(1, size // block_E), block_E
 
 
 @triton.jit
@@ -174,11 +177,12 @@ def forward_kernel(
     logits, valid, allowed, bias, ids, weights, lse_T, hist_PE, load_PE, probs_PE, sums_3P,
     T, E, chunk, scale, allowed_stride,
     K: tl.constexpr, RENORMALISE: tl.constexpr, SIGMOID: tl.constexpr, REAL: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program routes the tokens of one chunk."""
     program = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK_E)[None, :]
+    k = tl.arange(0, BLOCK_K)[None, :]
     exists = e < E
     hist = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
     load = tl.zeros([BLOCK_T, BLOCK_E], tl.int32)
@@ -190,7 +194,8 @@ def forward_kernel(
     for start in range(program * chunk, end, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         inside = t < end
-        x = tl.load(logits + t[:, None] * E + e, inside[:, None] & exists, 0.0).to(REAL)
+        raw = tl.load(logits + t[:, None] * E + e, inside[:, None] & exists, 0.0)
+        x = raw.to(REAL)
         largest = tl.max(tl.where(exists, x, float("-inf")), 1)
         power = tl.where(exists, tl.exp(x - largest[:, None]), 0.0)
         total = tl.sum(power, 1)
@@ -198,39 +203,42 @@ def forward_kernel(
         lse = largest + tl.log(total)
         tl.store(lse_T + t, lse, inside)
 
-        wish = x
+        wish = raw
         if bias is not None:
             wish = (sigmoid(x) if SIGMOID else p) + tl.load(bias + e, exists, 0.0)
         if allowed is not None:
             mask = tl.load(allowed + t[:, None] * allowed_stride + e, inside[:, None] & exists, 0)
             wish = tl.where(mask != 0, wish, float("-inf"))
-        key = tl.where(exists, ordered(wish, BLOCK_E - 1 - e), LOWEST)
-        chosen = tl.zeros([BLOCK_T, BLOCK_E], tl.int1)
-        logs = ()  # logarithms of the chosen scores; what they have in common cancels where they are renormalised
-        for k in tl.static_range(K):
-            i = BLOCK_E - 1 - (tl.max(key, 1) & 0x7FFFFFFF)
-            tl.store(ids + t * K + k, i, inside)
-            mine = e == i[:, None]
-            chosen = chosen | mine
-            key = tl.where(mine, LOWEST, key)
-            log = tl.load(logits + t * E + i, inside, 0.0).to(REAL)
-            if SIGMOID:
-                log = tl.minimum(log, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(log)))
-            elif not RENORMALISE:
-                log -= lse
-            logs = logs + (log,)  # noqa: RUF005 (Triton has no star)
+        narrow: tl.constexpr = wish.dtype.primitive_bitwidth == 16
+        key = ordered(wish)
+        if narrow:  # room for the expert behind the value: one maximum tells both
+            key = (key << 16) | (BLOCK_E - 1 - e)
+        key = tl.where(exists, key, LOWEST)
+        i_TK = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
+        for choice in tl.static_range(K):
+            best = tl.max(key, 1)
+            if narrow:  # noqa: SIM108 (Triton would compile both)
+                i = BLOCK_E - 1 - (best & 0xFFFF)
+            else:
+                i = tl.min(tl.where(key == best[:, None], e, BLOCK_E), 1)
+            i_TK = tl.where(k == choice, i[:, None], i_TK)
+            key = tl.where(e == i[:, None], LOWEST, key)
+        chosen = exists & (key == LOWEST)
+        place, present = t[:, None] * K + k, inside[:, None] & (k < K)
+        tl.store(ids + place, i_TK, present)
+        # Logarithms of the chosen scores; what they have in common cancels where they are renormalised.
+        log = tl.load(logits + t[:, None] * E + i_TK, present, 0.0).to(REAL)
+        if SIGMOID:
+            log = tl.minimum(log, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(log)))
+        elif not RENORMALISE:
+            log -= lse[:, None]
         if RENORMALISE:
-            top = logs[0]
-            for k in tl.static_range(1, K):
-                top = tl.maximum(top, logs[k])
-            total = tl.zeros([BLOCK_T], REAL)
-            for k in tl.static_range(K):
-                total += tl.exp(logs[k] - top)
-            for k in tl.static_range(K):
-                tl.store(weights + t * K + k, scale * (tl.exp(logs[k] - top) / total), inside)
+            log -= tl.max(tl.where(k < K, log, float("-inf")), 1)[:, None]
+            weight = tl.where(k < K, tl.exp(log), 0.0)
+            weight /= tl.sum(weight, 1)[:, None]
         else:
-            for k in tl.static_range(K):
-                tl.store(weights + t * K + k, scale * tl.exp(logs[k]), inside)
+            weight = tl.exp(log)
+        tl.store(weights + place, scale * weight, present)
 
         chosen = chosen & inside[:, None]
         hist += chosen.to(tl.int32)
@@ -257,14 +265,16 @@ def forward_kernel(
 
 
 @triton.jit
-def ordered(wish, low):
-    """int64 in the order of the fp32 values, then of `low`. As in torch.sort 0 equals -0, and NaN is above all."""
-    wish = wish.to(tl.float32)
-    bits = wish.to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+def ordered(wish):
+    """int32 in the order of the values, of 16 bits or fp32. As in torch.sort 0 equals -0 and NaN is above all."""
+    if wish.dtype.primitive_bitwidth == 16:
+        bits, most = wish.to(tl.int16, bitcast=True).to(tl.int32), 0x7FFF
+    else:
+        wish = wish.to(tl.float32)
+        bits, most = wish.to(tl.int32, bitcast=True), 0x7FFFFFFF
+    bits = tl.where(bits < 0, bits ^ most, bits)
     bits = tl.where(wish == 0, 0, bits)
-    bits = tl.where(wish != wish, 0x7FFFFFFF, bits)
-    return (bits.to(tl.int64) << 32) | low
+    return tl.where(wish != wish, most, bits)
 
 
 @triton.jit

@@ -12,8 +12,9 @@ counts the chunks of a row, whose length is then S.
 """
 
 import functools
-import importlib
+import importlib.util
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -255,11 +256,21 @@ def chunkwise(
 
 @functools.cache
 def fused_delta_rule():
-    """`chunk_gated_delta_rule` of flash-linear-attention, or None where it is not installed."""
-    try:  # by name: an exported model must load without it
-        return importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
+    """`chunk_gated_delta_rule` of flash-linear-attention, or None where it is not installed or cannot train."""
+    try:  # by name: an exported model must load without them
+        rule = importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
+        triton = importlib.import_module("triton").__version__
     except ImportError:
         return None
+    has_tilelang = importlib.util.find_spec("tilelang") is not None
+    return None if refuses_backward(torch.cuda.get_device_capability(), triton) and not has_tilelang else rule
+
+
+def refuses_backward(capability: tuple[int, int], triton: str) -> bool:
+    """Whether flash-linear-attention has no right backward without tilelang: on Hopper with Triton 3.4.0 to 3.7.0
+    (github.com/fla-org/flash-linear-attention, issue 640)."""
+    version = tuple(int(part) for part in re.findall(r"\d+", triton)[:3])
+    return capability[0] == 9 and (3, 4, 0) <= version < (3, 7, 1)
 
 
 def fused(

@@ -243,6 +243,9 @@ class TrainingArguments(Checked):
     offload_to_cpu: bool | None = option(
         None, "the same as --placement streamed, and --placement resident with no-"
     )
+    gpu_memory: str | None = option(
+        None, "most memory that the run may allocate on a GPU, e.g. 4GB; the plan keeps to it (default: all)"
+    )
     expert_page_size: int | None = option(
         None,
         "experts fetched together (default: zero3 8, streamed as --expert-vram allows)",
@@ -330,7 +333,12 @@ class TrainingArguments(Checked):
         if self.offload_to_cpu is not None and self.placement != "auto":
             flag = "--offload-to-cpu" if self.offload_to_cpu else "--no-offload-to-cpu"
             raise UserError(f"--placement and {flag} both set the placement: give one of them")
-        for flag, size in (("--expert-vram", self.expert_vram), ("--expert-ram", self.expert_ram)):
+        sizes = {
+            "--gpu-memory": self.gpu_memory,
+            "--expert-vram": self.expert_vram,
+            "--expert-ram": self.expert_ram,
+        }
+        for flag, size in sizes.items():
             if size is not None:
                 parse_size(flag, size)
         if self.expert_store == "nvme" and self.nvme_path is None:

@@ -15,6 +15,8 @@ from pathlib import Path
 import cpuinfo
 import deepspeed
 import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
 from experts.placement import Placement, ordinary_placement
@@ -32,6 +34,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distri
 cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 
 ADAM_BETAS = (0.9, 0.95)
+NORM_PART = 2**21  # values of a gradient whose norm is taken at once
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -250,8 +253,39 @@ def build_engine(
         # DeepSpeed's optimizer for bf16 and fp16 without ZeRO creates its state by a step on zero gradients, which
         # would count in Adam's bias correction. (Its weight decay, one step's, stays.)
         optimizer.state.clear()
+    take_norms_in_parts(engine.optimizer)
     model.placement.attach(engine)
     return engine
+
+
+def limit_gpu_memory(limit: float, device: torch.device) -> None:
+    """Let PyTorch allocate at most so many bytes on a GPU; what CUDA itself takes comes on top."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+
+
+def take_norms_in_parts(optimizer) -> None:
+    """Bound what DeepSpeed needs for the norm of an offloaded gradient.
+
+    It takes the norm of an fp64 copy, whole (ZeRO 1, 2) or in parts of 2 GB (ZeRO 3). For the largest gradient,
+    that of the embedding, this was a third of the GPU memory of a streamed model.
+    """
+
+    def set_norm(param) -> None:
+        gradient = optimizer.get_param_gradient_attribute(param)
+        gradient = param.grad if gradient is None else gradient
+        number = optimizer.get_param_id(param)
+        _, first, _, count = optimizer.grad_position[number]
+        parts = gradient.view(-1).narrow(0, first, count).split(NORM_PART)
+        norms = torch.stack([part.double().norm() for part in parts])
+        optimizer.norm_for_param_grads[number] = norms.norm()
+
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        in_parts = functools.partial(optimizer._constant_buffered_norm2, buffer_size=NORM_PART)
+        optimizer._constant_buffered_norm2 = in_parts
+    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
+        optimizer.set_norm_for_param_grad_in_gpu = set_norm
 
 
 def set_learning_rates(engine: deepspeed.DeepSpeedEngine, args: TrainingArguments, factor: float) -> None:

@@ -132,7 +132,11 @@ def make_plan(
                 )
         elif placement == "streamed":
             stream = plan_stream(
-                config, args, deepspeed_config.precision_of(ds_config), world_size, _device_memory(device)
+                config,
+                args,
+                deepspeed_config.precision_of(ds_config),
+                world_size,
+                _device_memory(device, args),
             )
             page_size = stream.page_size
         expert_parallel = 1
@@ -168,7 +172,7 @@ def make_plan(
             Path(path), ds_config, memory, world_size, expert_parallel=expert_parallel,
         )  # fmt: skip
 
-    placement, room = args.requested_placement, FIT * _device_memory(device)
+    placement, room = args.requested_placement, FIT * _device_memory(device, args)
     if placement == "auto" and args.deepspeed_config:
         placement = deepspeed_config.placement_of(args.deepspeed_config)
     if placement == "auto":
@@ -325,10 +329,11 @@ def check_host_memory(plan: Plan, ranks_here: int) -> None:
         )
 
 
-def _device_memory(device: str) -> float:
-    """Bytes of the first GPU; without a GPU, experts have nowhere to be moved to."""
+def _device_memory(device: str, args: TrainingArguments) -> float:
+    """Bytes of the first GPU that the run may use; without a GPU, experts have nowhere to be moved to."""
     if device == "cpu":
         return float("inf")
     import torch
 
-    return float(torch.cuda.get_device_properties(0).total_memory)
+    total = float(torch.cuda.get_device_properties(0).total_memory)
+    return min(total, parse_size("--gpu-memory", args.gpu_memory)) if args.gpu_memory else total

@@ -38,12 +38,13 @@ from model.step_routing import pool_uses, restore_pool_uses
 from training import checkpoint as disk
 from training.cache_stage import check_stage, evaluate_latents, with_traces
 from training.components import add_components, components_of, has_labelled_steps, own_answers
-from training.config import DataArguments, TrainingArguments, UserError
+from training.config import DataArguments, TrainingArguments, UserError, parse_size
 from training.engine import (
     DTYPES,
     build_engine,
     build_model,
     build_placement,
+    limit_gpu_memory,
     set_learning_rates,
     start_ranks,
 )
@@ -117,6 +118,8 @@ class Pretrainer:
         self.args = args
         self.device_type = resolve_device(args.device)
         self.ranks = start_ranks(self.device_type)
+        if args.gpu_memory:
+            limit_gpu_memory(parse_size("--gpu-memory", args.gpu_memory), self.ranks.device)
         self.is_main = self.ranks.rank == 0
         self.tokenizer = tokenizer or load_tokenizer()
         self.data_args = data_args or DataArguments()
@@ -387,7 +390,9 @@ class Pretrainer:
     def _verify_device(self) -> torch.device:
         """The GPU if a second model fits beside the first, else the host."""
         if self.device_type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.ranks.device)
+            free, total = torch.cuda.mem_get_info(self.ranks.device)
+            allowed = torch.cuda.get_per_process_memory_fraction(self.ranks.device) * total
+            free = min(free, allowed - torch.cuda.memory_reserved(self.ranks.device))
             if self.config.num_params() * DTYPES[self.plan.precision].itemsize < 0.8 * free:
                 return self.ranks.device
         return torch.device("cpu")

@@ -306,8 +306,8 @@ REAL, INTEGER, BYTE = "*fp32", "*i64", "*u8"
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", SHARED)
 def test_compiles_for(capability, tmp_path):
-    def fits(kernel, types, registers):
-        assert_fits(kernel, types, routing.LAUNCH, capability, tmp_path, registers)
+    def fits(kernel, types, registers, launch=routing.LAUNCH):
+        assert_fits(kernel, types, launch, capability, tmp_path, registers)
 
     # Backward needs most registers with 128 experts, the others with 1024; fp32 logits are the easier ones. The
     # oldest GPUs get all.
@@ -315,7 +315,7 @@ def test_compiles_for(capability, tmp_path):
     cases = (128, 8, "*bf16", False), (1024, 16, "*fp16", True)
     for experts, active, logits, limited in cases:
         block_T, block_E = routing.tile(experts)
-        sizes = {"K": active, "BLOCK_T": block_T, "BLOCK_E": block_E}
+        sizes = {"K": active, "BLOCK_T": block_T, "BLOCK_E": block_E, "BLOCK_K": active}
         kind = {"RENORMALISE": not limited, "SIGMOID": limited, "REAL": tl.float32, "scale": "fp32"}
         token = {"logits": logits, "ids": INTEGER, "weights": REAL, "lse_T": REAL, "load_E": REAL}
         mask = {"valid": BYTE, "allowed": BYTE, "bias": REAL, "load_PE": "*i32"}
@@ -329,7 +329,8 @@ def test_compiles_for(capability, tmp_path):
         if experts == 1024 or oldest:
             fits(routing.forward_kernel, types, 168)
         if experts == 128 or oldest:
-            fits(routing.backward_kernel, types, 184)
+            block_T, _ = routing.tile(experts, routing.TILE // 4)
+            fits(routing.backward_kernel, {**types, "BLOCK_T": block_T}, 184, routing.LAUNCH_BACKWARD)
     fits(routing.finalize_kernel, {**types, **routing.FINALIZE}, 128)
     fits(routing.place_kernel, {**types, "BLOCK_P": routing.PROGRAMS}, 128)
 

@@ -20,6 +20,7 @@ from model.memory import (
     delta_rule,
     fused_delta_rule,
     recurrent,
+    refuses_backward,
     unit,
 )
 from training.weights import fill, initial_weights
@@ -112,11 +113,19 @@ def test_what_is_not_written_and_not_forgotten_changes_no_bit():
         assert torch.equal(left, state)
 
 
+@pytest.mark.parametrize(
+    ("capability", "triton", "refused"),
+    [((9, 0), "3.6.0", True), ((9, 0), "3.7.1", False), ((9, 0), "3.3.1", False), ((8, 0), "3.6.0", False)],
+)
+def test_where_the_library_has_no_right_backward(capability, triton, refused):
+    assert refuses_backward(capability, triton) is refused
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("with_documents", [False, True])
 def test_the_kernel_equals_plain_torch(with_documents):
     if fused_delta_rule() is None:
-        pytest.skip("flash-linear-attention is not installed")
+        pytest.skip("flash-linear-attention is not installed, or has no right backward here")
     generator = torch.Generator("cuda").manual_seed(0)
     batch, length, heads, size = 3, 200, 4, 64
     q, k, v = torch.randn(3, batch, length, heads, size, generator=generator, device="cuda")

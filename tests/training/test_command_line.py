@@ -87,8 +87,8 @@ def test_every_field_is_set_by_its_flag(settings, name):
         words += ["--routing=step"]
     if name == "cache_joint":
         words += ["--stage=cache"]
-    if name == "expert_vram":
-        value, words = "3GB", ["--expert-vram=3GB"]
+    if name in ("expert_vram", "gpu_memory"):
+        value, words = "3GB", [f"--{name.replace('_', '-')}=3GB"]
     if name in ("expert_store", "nvme_path", "expert_ram"):
         value = {"expert_store": "nvme", "nvme_path": "disk", "expert_ram": "3GB"}[name]
         words = ["--expert-store=nvme", "--nvme-path=disk", "--expert-ram=3GB"]

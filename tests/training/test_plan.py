@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,15 +62,24 @@ def test_resident_experts_are_shared_by_as_many_ranks_as_can(monkeypatch):
     assert "shared by groups of 2 ranks" in plans[1].lines(TrainingArguments(), 64)[1]
     assert "shared" not in plans[2].lines(TrainingArguments(), 64)[1]
     assert plan_of(config, placement="resident", world_size=16).expert_parallel == 1  # on a CPU
-    monkeypatch.setattr("training.plan._device_memory", lambda _device: 80e9)
+    monkeypatch.setattr("training.plan._device_memory", lambda *_: 80e9)
     for ranks, shared in ((16, 16), (6, 2)):
         assert plan_of(config, device="cuda", placement="auto", world_size=ranks).expert_parallel == shared
     assert plan_of(config).expert_parallel == plan_of(config, placement="zero3").expert_parallel == 1
 
 
+def test_the_plan_keeps_to_the_memory_it_may_use(monkeypatch):
+    total = SimpleNamespace(total_memory=80e9)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _device: total)  # this one may have no GPU
+    shape = {"device": "cuda", "placement": "auto"}
+    assert plan_of(preset_config("1B"), **shape).placement == "resident"
+    small = plan_of(preset_config("1B"), **shape, gpu_memory="4GB")
+    assert small.placement == "streamed" and small.memory.device < 4e9
+
+
 def test_a_json_that_nobody_named_bounds_the_ranks_that_share_experts(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")  # on each of three machines
-    monkeypatch.setattr("training.plan._device_memory", lambda _device: 80e9)  # this one may have no GPU
+    monkeypatch.setattr("training.plan._device_memory", lambda *_: 80e9)  # this one may have no GPU
     cluster = {"placement": "resident", "device": "cuda", "world_size": 24}
     config = preset_config("13B")
     assert plan_of(config, **cluster).expert_parallel == 8
@@ -108,6 +118,7 @@ def test_streamed_experts_fill_their_budget():
         ({"expert_vram": "1KB"}, ("--expert-vram 1KB", "use --expert-vram")),
         ({"expert_vram": "1KB", "expert_page_size": 4}, ("pages of 4", "--expert-page-size")),
         ({"expert_vram": "some"}, ("--expert-vram", "512MB", "'some'")),
+        ({"gpu_memory": "little"}, ("--gpu-memory", "4GB", "'little'")),
         ({"expert_page_size": 9}, ("--expert-page-size 9", "8 experts")),
         ({"precision": "fp16"}, ("streamed", "bf16")),
         ({"placement": "resident", "expert_vram": "1GB"}, ("--expert-vram 1GB", "--placement streamed")),

@@ -270,7 +270,7 @@ def test_what_is_recommended_is_what_would_run(command, tmp_path, monkeypatch):
     settings = parse(rest)
     gpu = parse(command.split()).plan.cluster.gpu
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(min(8, ranks)))
-    monkeypatch.setattr("training.plan._device_memory", lambda _device: gpu.memory)
+    monkeypatch.setattr("training.plan._device_memory", lambda *_: gpu.memory)
     plan = make_plan(
         preset_config(settings.model.model_size), settings.training, size=settings.model.model_size,
         max_length=settings.data.max_length, device="cuda", world_size=ranks,
