@@ -34,7 +34,7 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distri
 cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 
 ADAM_BETAS = (0.9, 0.95)
-NORM_PART = 2**21  # values of a gradient whose norm is taken at once
+OFFLOAD_PART = 2**21  # values of a gradient that move to host memory at once
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -253,7 +253,7 @@ def build_engine(
         # DeepSpeed's optimizer for bf16 and fp16 without ZeRO creates its state by a step on zero gradients, which
         # would count in Adam's bias correction. (Its weight decay, one step's, stays.)
         optimizer.state.clear()
-    take_norms_in_parts(engine.optimizer)
+    offload_in_parts(engine.optimizer)
     model.placement.attach(engine)
     return engine
 
@@ -265,27 +265,40 @@ def limit_gpu_memory(limit: float, device: torch.device) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
 
 
-def take_norms_in_parts(optimizer) -> None:
-    """Bound what DeepSpeed needs for the norm of an offloaded gradient.
+def offload_in_parts(optimizer) -> None:
+    """Bound what DeepSpeed takes on the GPU to move a gradient to host memory.
 
-    It takes the norm of an fp64 copy, whole (ZeRO 1, 2) or in parts of 2 GB (ZeRO 3). For the largest gradient,
-    that of the embedding, this was a third of the GPU memory of a streamed model.
+    For its norm it makes an fp64 copy, whole (ZeRO 1, 2) or in parts of 2 GB (ZeRO 3), and then an fp32 copy, whole
+    (ZeRO 1, 2). Of the largest gradient, the embedding's, these were a third of the GPU memory of a streamed model.
     """
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        norm = functools.partial(optimizer._constant_buffered_norm2, buffer_size=OFFLOAD_PART)
+        optimizer._constant_buffered_norm2 = norm
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer):
+        return
+    whole = optimizer.async_inplace_copy_grad_to_fp32_buffer_from_gpu
 
     def set_norm(param) -> None:
         gradient = optimizer.get_param_gradient_attribute(param)
         gradient = param.grad if gradient is None else gradient
         number = optimizer.get_param_id(param)
         _, first, _, count = optimizer.grad_position[number]
-        parts = gradient.view(-1).narrow(0, first, count).split(NORM_PART)
-        norms = torch.stack([part.double().norm() for part in parts])
-        optimizer.norm_for_param_grads[number] = norms.norm()
+        parts = gradient.view(-1).narrow(0, first, count).split(OFFLOAD_PART)
+        optimizer.norm_for_param_grads[number] = torch.stack([part.double().norm() for part in parts]).norm()
 
-    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        in_parts = functools.partial(optimizer._constant_buffered_norm2, buffer_size=NORM_PART)
-        optimizer._constant_buffered_norm2 = in_parts
-    elif isinstance(optimizer, DeepSpeedZeroOptimizer):
-        optimizer.set_norm_for_param_grad_in_gpu = set_norm
+    def copy(param) -> None:
+        places, number = optimizer.grad_position, optimizer.get_param_id(param)
+        place, clear = places[number], optimizer.clear_grad_attribute
+        group, source, target, count = place
+        optimizer.clear_grad_attribute = lambda _: None  # not before the last part is on its way
+        for first in range(0, count, OFFLOAD_PART):
+            places[number] = [group, source + first, target + first, min(OFFLOAD_PART, count - first)]
+            whole(param)
+        places[number], optimizer.clear_grad_attribute = place, clear
+        clear(param)
+
+    optimizer.set_norm_for_param_grad_in_gpu = set_norm
+    optimizer.async_inplace_copy_grad_to_fp32_buffer_from_gpu = copy
 
 
 def set_learning_rates(engine: deepspeed.DeepSpeedEngine, args: TrainingArguments, factor: float) -> None:

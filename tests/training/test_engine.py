@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from training import engine
-from training.engine import say_what_is_compiled, take_norms_in_parts
+from training.engine import say_what_is_compiled, offload_in_parts
 
 
 def test_a_lock_on_an_op_is_said(tmp_path, monkeypatch, capsys):
@@ -27,17 +27,28 @@ def test_a_lock_on_an_op_is_said(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_norms_of_offloaded_gradients_are_taken_in_parts(monkeypatch, kept):
-    """DeepSpeed's whole-model runs are in test_layouts.py; here a gradient has many parts, and a place in it."""
-    monkeypatch.setattr(engine, "NORM_PART", 7)
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_gradients_leave_in_parts(monkeypatch, accumulated):
+    """Real optimizers are in test_layouts.py; here a gradient has many parts, and a place among others."""
+    monkeypatch.setattr(engine, "OFFLOAD_PART", 7)
     optimizer = object.__new__(engine.DeepSpeedZeroOptimizer)
-    parameter = SimpleNamespace(grad=None if kept else torch.randn(5, 9))
-    gradient = torch.randn(5, 9) if kept else parameter.grad
-    optimizer.get_param_gradient_attribute = lambda _: gradient if kept else None
+    gradient = torch.randn(5, 9).bfloat16()
+    parameter = SimpleNamespace(grad=None if accumulated else gradient, grad_accum=gradient)
+    whole_group = torch.zeros(50)
+    whole_group.grad = torch.zeros(50)
     optimizer.get_param_id = lambda _: 3
-    optimizer.grad_position, optimizer.norm_for_param_grads = {3: [0, 4, 0, 30]}, {}
-    take_norms_in_parts(optimizer)
+    optimizer.use_grad_accum_attribute = accumulated
+    optimizer.grad_position, optimizer.norm_for_param_grads = {3: [0, 4, 11, 30]}, {}
+    optimizer.single_partition_of_fp32_groups = [whole_group]
+    optimizer.master_weights_and_grads_dtype = torch.float32
+    optimizer._offload_gradient_safety_enabled = False
+    optimizer._record_gradient_stream = optimizer._record_offload_copy = lambda *_: None
+    offload_in_parts(optimizer)
     optimizer.set_norm_for_param_grad_in_gpu(parameter)
-    expected = gradient.flatten()[4:34].double().norm()
-    torch.testing.assert_close(optimizer.norm_for_param_grads[3], expected)
+    optimizer.async_inplace_copy_grad_to_fp32_buffer_from_gpu(parameter)
+    expected = gradient.flatten()[4:34].float()
+    torch.testing.assert_close(optimizer.norm_for_param_grads[3], expected.double().norm())
+    assert torch.equal(whole_group.grad[11:41], expected)
+    assert not whole_group.grad[:11].any() and not whole_group.grad[41:].any()
+    assert (parameter.grad_accum if accumulated else parameter.grad) is None  # it is gone
+    assert optimizer.grad_position == {3: [0, 4, 11, 30]}
