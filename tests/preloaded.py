@@ -57,9 +57,11 @@ def address() -> str:
     os.mkdir(os.path.dirname(program))
     with open(program, "w") as file:
         real = quote(sys.executable)
-        # Python with other options, those that keep the environment out above all, is started anew.
+        # Python with other options, those that keep the environment out above all, is started anew; and so is one
+        # for a GPU, since the libraries that are loaded have settled for the CPU.
         file.write(
             f'#!/bin/sh\ncase "$1" in -c | -m | -u | [!-]*) ;; *) exec {real} "$@" ;; esac\n'
+            f'case "${{DS_ACCELERATOR:-cpu}}" in cpu) ;; *) exec {real} "$@" ;; esac\n'
             f'exec {real} -SE {quote(os.path.abspath(__file__))} {quote(socket_path)} "$@"\n'
         )
     os.chmod(program, 0o755)

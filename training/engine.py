@@ -268,8 +268,8 @@ def limit_gpu_memory(limit: float, device: torch.device) -> None:
 def offload_in_parts(optimizer) -> None:
     """Bound what DeepSpeed takes on the GPU to move a gradient to host memory.
 
-    For its norm it makes an fp64 copy, whole (ZeRO 1, 2) or in parts of 2 GB (ZeRO 3), and then an fp32 copy, whole
-    (ZeRO 1, 2). Of the largest gradient, the embedding's, these were a third of the GPU memory of a streamed model.
+    For its norm it makes an fp64 copy, whole (ZeRO 1, 2) or in parts of 2 GB (ZeRO 3), and then an fp32 copy (ZeRO
+    1, 2). Of the largest gradient, the embedding's, these were a third of the GPU memory of a streamed model.
     """
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         norm = functools.partial(optimizer._constant_buffered_norm2, buffer_size=OFFLOAD_PART)

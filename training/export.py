@@ -122,9 +122,16 @@ def probe_logits(model, device: torch.device) -> torch.Tensor:
 
 
 def verify_export(
-    directory: Path, expected_BSV: torch.Tensor, dtype: torch.dtype, device: torch.device
+    directory: Path,
+    expected_BSV: torch.Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    trained_on: torch.device | None = None,
 ) -> None:
     """Reload an exported directory and compare its logits with those of the model it came from.
+
+    Another kind of device than the model was trained on rounds otherwise, and sends a token to another expert now
+    and then, whose logits are others; there half of the tokens have to agree.
 
     Raises:
         UserError: they differ by more than rounding.
@@ -138,6 +145,8 @@ def verify_export(
     fill(model, directory_weights(directory))
     found_BSV = probe_logits(model, device)
     error = (found_BSV - expected_BSV).norm() / expected_BSV.norm()
+    if trained_on is not None and trained_on.type != device.type:
+        error = ((found_BSV - expected_BSV).norm(dim=-1) / expected_BSV.norm(dim=-1)).median()
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     if not error <= tolerance:
         raise UserError(f"{directory}: reloaded logits differ from the trained model's by {error:.2e}")

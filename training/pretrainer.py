@@ -380,7 +380,8 @@ class Pretrainer:
         expected = probe_logits(self.engine.module, self.ranks.device)
         if self.is_main:
             try:
-                verify_export(temporary, expected, DTYPES[self.plan.precision], self._verify_device())
+                where, trained_on = self._verify_device(), self.ranks.device
+                verify_export(temporary, expected, DTYPES[self.plan.precision], where, trained_on)
             except Exception:
                 disk.publish(temporary, self.run_dir / "unverified_model")
                 raise

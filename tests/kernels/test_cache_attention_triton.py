@@ -375,7 +375,7 @@ def test_cuda_graph(case):
     leaves = [arguments[name] for name in LEAVES]
 
     def step():
-        out, lse = kernels.attend(*arguments)
+        out, lse = kernels.attend(*arguments.values())
         grads = torch.autograd.grad(out.float().square().sum() + lse.sum(), leaves, allow_unused=True)
         return [x for x in (out, lse, *grads) if x is not None]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from training import engine
-from training.engine import say_what_is_compiled, offload_in_parts
+from training.engine import offload_in_parts, say_what_is_compiled
 
 
 def test_a_lock_on_an_op_is_said(tmp_path, monkeypatch, capsys):

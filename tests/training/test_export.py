@@ -1,5 +1,6 @@
 """Exported directories, read back by the code of others and by ours."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -281,6 +282,20 @@ def test_verification_accepts_a_true_copy_and_nothing_else(tokenizer, tmp_path, 
     save_file(tensors, file)
     with pytest.raises(UserError, match="differ"):
         verify_export(directory, expected, torch.float32, CPU)
+
+
+def test_verification_on_another_device_allows_tokens_that_chose_another_expert(tokenizer, tmp_path):
+    model = small_model()
+    directory = exported(model, tokenizer, tmp_path / "m", "pragnosia")
+    expected = probe_logits(model, CPU)
+    gpu = torch.device("cuda")
+    for tokens, agrees in ((7, True), (9, False)):
+        few = expected.clone()
+        few[:, :tokens] *= 1.5
+        with pytest.raises(UserError, match="differ"):
+            verify_export(directory, few, torch.float32, CPU, CPU)
+        with contextlib.nullcontext() if agrees else pytest.raises(UserError, match="differ"):
+            verify_export(directory, few, torch.float32, CPU, gpu)
 
 
 def test_the_probe_leaves_the_mode_alone():
