@@ -15,6 +15,7 @@ reduce-scattered, and each rank updates its slice.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from experts.host_memory import near
+from experts.host_memory import near, return_free_memory
 from experts.nvme_store import Disk, NvmeStore
 from experts.page import Groups, grouped_matmul, grouped_outer
 from experts.placement import Placement
@@ -390,19 +391,18 @@ class StreamedExperts(Placement):
     def fill(self, source: Callable[..., Tensor]) -> None:
         self.ring.cancel()
         shapes = self._shapes()
-        size = self.settings.page_size
 
-        def fill_page(layer: int, first: int) -> None:
-            count = min(size, self.num_experts - first)
+        def fill_expert(place: tuple[int, int]) -> None:
+            layer, expert = place
             weights = {
-                name: source(export_name(layer, name), torch.Size((count, *shape)), first)
+                name: source(export_name(layer, name), torch.Size((1, *shape)), expert)
                 for name, shape in shapes.items()
             }
-            self.stores[layer].write(first, weights)
+            self.stores[layer].write(expert, weights)
 
-        with ThreadPoolExecutor() as pool:
-            places = [(layer, e) for layer in range(self.layers) for e in range(0, self.num_experts, size)]
-            list(pool.map(lambda place: fill_page(*place), places))
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(fill_expert, itertools.product(range(self.layers), range(self.num_experts))))
+        return_free_memory()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         self.ring.synchronize()

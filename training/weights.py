@@ -56,6 +56,8 @@ def initial_weights(seed: int, std: float) -> Source:
             return draw(name, shape) * (shape[1] ** -0.5 / std)
         if _EXPERT.match(name):
             keys = [f"{name}/{(first or 0) + row}" for row in range(shape[0])]
+            if len(keys) == 1:
+                return draw(keys[0], shape[1:])[None]
             with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # a generator draws on one core
                 return torch.stack([*pool.map(draw, keys, repeat(shape[1:]))])
         return draw(name, shape)
