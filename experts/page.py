@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.dispatch import wants_kernels
+from kernels.dispatch import wants_all
 from kernels.reference import swiglu
 
 
@@ -95,12 +95,12 @@ def has_grouped_gemm(rows: Tensor) -> bool:
 
 def triton_grouped_gemm(rows: Tensor) -> Callable[..., Tensor] | None:
     """DeepSpeed's grouped GEMM for compute capability 8.0 to 8.9, where `F.grouped_mm` runs but loops over experts
-    and waits for their counts; None elsewhere.
+    and waits for their counts; None elsewhere, and unless Triton was asked for: it has not run on such a GPU here.
 
     Its tiles are chosen by timing, and with them the order of sums: not for deterministic algorithms.
     """
     on_ampere = (
-        wants_kernels()
+        wants_all()
         and rows.is_cuda
         and rows.dtype in (torch.bfloat16, torch.float16)
         and torch.cuda.get_device_capability(rows.device)[0] == 8

@@ -144,7 +144,10 @@ def test_options_of_every_command_are_accepted(document, line):
 
 
 def test_every_option_in_the_text_exists():
-    helps = ["training/launch.py train_ds.py", "eval_ds.py", "chat_ds.py", "benchmarks/train_step.py"]
+    helps = ["training/launch.py train_ds.py", "eval_ds.py", "chat_ds.py"]
+    helps += [
+        f"benchmarks/{n}.py" for n in ("train_step", "constant_vram", "offload", "scale_out", "kernels")
+    ]
     known = {"--check", "--num_gpus", "--nnodes", "--nproc-per-node", "--gpus-per-node"}  # of other programs
     for script in helps:
         command = [sys.executable, *script.split(), "--help"]

@@ -265,6 +265,13 @@ def limit_gpu_memory(limit: float, device: torch.device) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
 
 
+def free_gpu_memory(device: torch.device) -> float:
+    """Bytes that PyTorch may still ask a GPU for."""
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+    return min(free, allowed - torch.cuda.memory_reserved(device))
+
+
 def offload_in_parts(optimizer) -> None:
     """Bound what DeepSpeed takes on the GPU to move a gradient to host memory.
 

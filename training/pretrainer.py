@@ -44,6 +44,7 @@ from training.engine import (
     build_engine,
     build_model,
     build_placement,
+    free_gpu_memory,
     limit_gpu_memory,
     set_learning_rates,
     start_ranks,
@@ -380,8 +381,8 @@ class Pretrainer:
         expected = probe_logits(self.engine.module, self.ranks.device)
         if self.is_main:
             try:
-                where, trained_on = self._verify_device(), self.ranks.device
-                verify_export(temporary, expected, DTYPES[self.plan.precision], where, trained_on)
+                dtype, where = DTYPES[self.plan.precision], self._verify_device()
+                verify_export(temporary, expected, dtype, where, self.ranks.device)
             except Exception:
                 disk.publish(temporary, self.run_dir / "unverified_model")
                 raise
@@ -390,13 +391,9 @@ class Pretrainer:
 
     def _verify_device(self) -> torch.device:
         """The GPU if a second model fits beside the first, else the host."""
-        if self.device_type == "cuda":
-            free, total = torch.cuda.mem_get_info(self.ranks.device)
-            allowed = torch.cuda.get_per_process_memory_fraction(self.ranks.device) * total
-            free = min(free, allowed - torch.cuda.memory_reserved(self.ranks.device))
-            if self.config.num_params() * DTYPES[self.plan.precision].itemsize < 0.8 * free:
-                return self.ranks.device
-        return torch.device("cpu")
+        needed = self.config.num_params() * DTYPES[self.plan.precision].itemsize
+        fits = self.device_type == "cuda" and needed < 0.8 * free_gpu_memory(self.ranks.device)
+        return self.ranks.device if fits else torch.device("cpu")
 
     # -- state -----------------------------------------------------------------------------------------------
 

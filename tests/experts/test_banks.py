@@ -154,22 +154,22 @@ def test_which_library_multiplies_on_which_gpu(monkeypatch):
         for capability in ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0)):
             monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, given=capability: given)
             monkeypatch.setattr("deepspeed.ops.triton_ops.is_triton_available", lambda: True)
-            for kernels in ("auto", "reference"):
+            for kernels in ("triton", "auto", "reference"):
                 dispatch.use(kernels)
                 for dtype in (torch.bfloat16, torch.float16, torch.float32):
                     rows = SimpleNamespace(is_cuda=True, dtype=dtype, device=None)
                     triton = triton_grouped_gemm(rows)
                     found[capability, kernels, dtype] = (has_grouped_gemm(rows), triton is not None)
         rows = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=None)
-        dispatch.use("auto")
+        dispatch.use("triton")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
         assert triton_grouped_gemm(rows) is None
     finally:
-        dispatch.use("reference")
+        dispatch.use("auto")
     for (capability, kernels, dtype), (torchs, triton) in found.items():
         assert torchs == (capability >= (9, 0) and dtype == torch.bfloat16)
-        assert triton == (capability[0] == 8 and kernels == "auto" and dtype != torch.float32)
+        assert triton == (capability[0] == 8 and kernels == "triton" and dtype != torch.float32)
     assert triton_grouped_gemm(torch.ones(2, 2)) is None
 
 
@@ -206,11 +206,11 @@ def test_the_triton_gemm_equals_the_loop(spread):
     expected = run(
         lambda hidden, routing: moe_loop(hidden, routing, *stacked), hidden, logits.cuda(), num_active
     )
-    dispatch.use("auto")
+    dispatch.use("triton")
     try:
         found = run(bank, hidden, logits.cuda(), num_active)
     finally:
-        dispatch.use("reference")
+        dispatch.use("auto")
     grads = [getattr(bank, name).grad for name in PROJECTIONS], [weight.grad for weight in stacked]
     for mine, oracle in zip((*found, *grads[0]), (*expected, *grads[1]), strict=True):
         error = (mine.float() - oracle.float()).norm() / oracle.float().norm().clamp(min=1e-6)

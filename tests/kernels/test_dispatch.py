@@ -14,9 +14,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def auto():
-    dispatch.use("auto")
     yield
-    dispatch.use("reference")
+    dispatch.use("auto")
 
 
 def moved(logits_TE, hidden_TD):
