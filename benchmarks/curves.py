@@ -44,7 +44,7 @@ ARMS = {
             "--expert-pool",
             str(pool),
         )
-        for pool in (2, 4, 8)
+        for pool in (2, 4)
     },
 }
 PLOT = REPOSITORY / "docs" / "images" / "curves.png"
@@ -98,6 +98,12 @@ def command(args: argparse.Namespace, arm: str, directory: str) -> list[str]:
     return [sys.executable, str(REPOSITORY / "train_ds.py"), *words, *ARMS[arm]]
 
 
+def settings(args: argparse.Namespace) -> dict:
+    """What arms that are compared have in common."""
+    common = {key: getattr(args, key) for key in ("model_size", "batch_size", "max_length", "learning_rate")}
+    return common | {"dataset": Path(args.dataset).name, "asked_tokens": args.tokens}
+
+
 def train(args: argparse.Namespace, arm: str, gpus: Queue) -> dict:
     """Train an arm on a GPU taken from the queue; its row."""
     gpu = gpus.get()
@@ -117,7 +123,7 @@ def train(args: argparse.Namespace, arm: str, gpus: Queue) -> dict:
                 return {"arm": arm, "error": lines[-1][:300]}
             (metrics,) = Path(directory).glob("*/metrics.jsonl")
             lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-            return {"arm": arm, **curve(lines, args.batch_size * args.max_length)}
+            return {"arm": arm, **settings(args), **curve(lines, args.batch_size * args.max_length)}
     finally:
         gpus.put(gpu)
 
@@ -181,7 +187,7 @@ def draw(rows: list[dict], title: str, path: Path):
         ("million tokens", "seconds in steps"),
         strict=True,
     ):
-        for row in rows:
+        for row in (row for row in rows if column in row["curve"]):
             x = [value / unit for value in row["curve"][column]]
             style = "--" if "pools" in row["arm"] else "-"
             axes.plot(x, row["curve"]["validation_loss"], style, label=row["arm"], linewidth=1.5)
@@ -199,6 +205,7 @@ def main() -> None:
     args = parser().parse_args()
     path = args.output / "curves.json"
     rows = measured_before(path, args.device) if args.keep else []
+    rows = [row for row in rows if settings(args).items() <= row.items()]
     arms = [arm for arm in args.only if arm not in {row["arm"] for row in rows}]
     gpus: Queue = Queue()
     for gpu in visible_gpus(args.device):

@@ -26,7 +26,7 @@ def examples() -> Iterator[dict[str, str]]:
         except (OSError, UnicodeDecodeError):
             continue
         if text.strip() and len(text) <= LONGEST:
-            yield {"text": text, "template": path}
             left -= len(text.encode())
-        if left < 0:
-            return
+            if left < 0:
+                return
+            yield {"text": text, "template": path}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import date
@@ -80,7 +81,7 @@ def gpu_goals(rows: list[dict]) -> list[dict]:
 def write(path: Path, rows: list[dict], goals: list[dict], device: str | None) -> dict:
     """Write rows and goals as JSON to `path`, with what they were measured on; returns all of it."""
     result = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         **machine(device),
         "commit": commit(),
         "date": date.today().isoformat(),

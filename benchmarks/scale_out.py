@@ -23,7 +23,8 @@ Beside the columns of `benchmarks/cell.py`, a row has
   weights on equal data, have to agree within `SAME_START`; else the row says why there is no ratio.
 
 Goals, for each preset, number of GPUs and tokens a step: the fastest resident row over the fastest row of each
-baseline, at least 1, and the last loss within `SAME_LOSS` of the baseline's wherever there is a ratio.
+baseline, at least 1, and the last losses apart by at most `SAME_LOSS` of how far ours has fallen, wherever there is
+a ratio.
 """
 
 from __future__ import annotations
@@ -47,10 +48,9 @@ from training import deepspeed_config
 
 MODEL_SIZES = {"resident": ["1B", "3B", "7B"], "streamed": ["7B", "13B"]}
 SAME_START = {"fp32": 1e-5, "bf16": 1e-4}  # relative difference of the first losses, by precision
-LEARNING_RATE = (
-    1e-5  # small: where a batch is learnt by heart in a few steps, rounding alone parts the losses
-)
-SAME_LOSS = 0.01  # relative difference of the last losses
+# Small: where a batch is learnt by heart in a few steps, rounding alone parts the losses.
+LEARNING_RATE = 1e-5
+SAME_LOSS = 0.01  # difference of the last losses, of what was learnt
 # Dense bf16 TFLOP/s by a part of the GPU's name, from NVIDIA's data sheets of H200, H100, A100, HGX B200 and L40S
 # (where they give the rate with sparsity, half of it) and its white paper on the Ada architecture.
 PEAKS = {
@@ -290,7 +290,9 @@ def goals(rows: list[dict]) -> list[dict]:
             best = max(row["tokens_per_s"] for row in mine)
             ratio = best / max(other["tokens_per_s"] for _, other in pairs)
             judged.append(goal(f"times the tokens/s of {name}, {where}", 1.0, ratio, at_least=True))
-            apart = max(abs(row["loss"] / other["loss"] - 1) for row, other in pairs)
+            apart = max(
+                abs(row["loss"] - other["loss"]) / (row["first_loss"] - row["loss"]) for row, other in pairs
+            )
             judged.append(goal(f"last loss beside {name}, {where}", SAME_LOSS, apart, at_least=False))
     return judged
 

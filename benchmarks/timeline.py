@@ -104,7 +104,7 @@ def busy(lanes: dict[str, list[Span]]) -> dict[str, float]:
     everything = union(span for name in LANES for span in lanes[name])
     return {
         "recorded_s": everything[-1][1],
-        **{f"{name}_s": seconds(lanes[name]) for name in LANES},
+        **{f"{name.replace(' ', '_')}_s": seconds(lanes[name]) for name in LANES},
         "copies_and_kernels_at_once_s": both(copies, kernels),
         "up_and_down_at_once_s": both(lanes["copies up"], lanes["copies down"]),
         "nothing_s": everything[-1][1] - seconds(everything),
@@ -116,10 +116,10 @@ def heaviest(events: Iterable[dict], count: int = 12) -> list[dict]:
     time, launches = Counter(), Counter()
     for event in events:
         if event.get("cat") == "kernel" and event.get("ph") == "X":
-            time[event["name"][:80]] += event["dur"] / 1e6
-            launches[event["name"][:80]] += 1
+            time[event["name"]] += event["dur"] / 1e6
+            launches[event["name"]] += 1
     return [
-        {"kernel": name, "kernel_s": spent, "launches": launches[name]}
+        {"kernel": name[:200], "kernel_s": spent, "launches": launches[name]}
         for name, spent in time.most_common(count)
     ]
 

@@ -39,7 +39,7 @@ class Mapping(mmap.mmap):
 
 
 def return_free_memory() -> None:
-    """Give the system back what the C library keeps of freed memory, for each thread its own."""
+    """Give the system back what the C library keeps of freed memory, in an arena for each thread."""
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -16,6 +16,7 @@ reduce-scattered, and each rank updates its slice.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -400,7 +401,8 @@ class StreamedExperts(Placement):
             }
             self.stores[layer].write(expert, weights)
 
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // ranks_here)) as pool:
             list(pool.map(fill_expert, itertools.product(range(self.layers), range(self.num_experts))))
         return_free_memory()
 

@@ -151,7 +151,7 @@ def parse(argv: Sequence[str] | None = None, also_suggest: Sequence[str] = ()) -
     values = _read_yaml(given["config"]) if given["config"] else {}
     values.update(given)
     if values.get("resume"):
-        recorded = _recorded_settings(values["resume"])
+        recorded = _recorded_settings(values["resume"], given.get("output_dir"))
         if values.get("expert_store") == "host":  # back from the disk
             recorded = {n: v for n, v in recorded.items() if n not in ("nvme_path", "expert_ram")}
         values = {**recorded, **values}
@@ -166,15 +166,24 @@ def parse(argv: Sequence[str] | None = None, also_suggest: Sequence[str] = ()) -
     return RunArguments(*groups, given["dry_run"], given["list_datasets"], given["local_rank"], argv, plan)
 
 
-def _recorded_settings(resume: str) -> dict[str, Any]:
-    """Field name -> value from the run.json of the run that `--resume` names."""
+def _recorded_settings(resume: str, output_dir: str | None) -> dict[str, Any]:
+    """Field name -> value from the run.json of the run that `--resume` names.
+
+    Raises:
+        UserError: an `--output-dir` where that run is not.
+    """
     from training.checkpoint import resolve_checkpoint
 
     try:
-        record = resolve_checkpoint(resume).parent / "run.json"
-        groups = json.loads(record.read_text(encoding="utf-8"))["settings"]
+        run = resolve_checkpoint(resume).parent
+        groups = json.loads((run / "run.json").read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError):
         return {}  # a checkpoint moved out of its run, or none, which whoever resumes it will say
+    if output_dir and Path(output_dir).expanduser().resolve() != run.resolve().parent:
+        raise UserError(
+            f"--output-dir {output_dir}: a resumed run goes on in {run}; leave it out, or start a new run there "
+            f"from its weights with --init-from"
+        )
     names = {field.name for settings in SETTINGS for field in dataclasses.fields(settings)} - {"resume"}
     return {name: value for group in groups.values() for name, value in group.items() if name in names}
 

@@ -265,27 +265,30 @@ def limit_gpu_memory(limit: float, device: torch.device) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
 
 
-def free_gpu_memory(device: torch.device) -> float:
-    """Bytes that PyTorch may still ask a GPU for."""
-    free, total = torch.cuda.mem_get_info(device)
-    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
-    return min(free, allowed - torch.cuda.memory_reserved(device))
+def device_with_room(device: torch.device, needed: float) -> torch.device:
+    """The GPU, if so many bytes take less than 80% of what PyTorch may still ask it for, else the CPU."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+        if needed < 0.8 * min(free, allowed - torch.cuda.memory_reserved(device)):
+            return device
+    return torch.device("cpu")
 
 
-def offload_in_parts(optimizer) -> None:
+def offload_in_parts(optimizer: object) -> None:
     """Bound what DeepSpeed takes on the GPU to move a gradient to host memory.
 
     For its norm it makes an fp64 copy, whole (ZeRO 1, 2) or in parts of 2 GB (ZeRO 3), and then an fp32 copy (ZeRO
     1, 2). Of the largest gradient, the embedding's, these were a third of the GPU memory of a streamed model.
     """
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        norm = functools.partial(optimizer._constant_buffered_norm2, buffer_size=OFFLOAD_PART)
+        norm = functools.partial(optimizer._constant_buffered_norm2, buffer_size=4 * OFFLOAD_PART)
         optimizer._constant_buffered_norm2 = norm
     if not isinstance(optimizer, DeepSpeedZeroOptimizer):
         return
     whole = optimizer.async_inplace_copy_grad_to_fp32_buffer_from_gpu
 
-    def set_norm(param) -> None:
+    def set_norm(param: nn.Parameter) -> None:
         gradient = optimizer.get_param_gradient_attribute(param)
         gradient = param.grad if gradient is None else gradient
         number = optimizer.get_param_id(param)
@@ -293,15 +296,17 @@ def offload_in_parts(optimizer) -> None:
         parts = gradient.view(-1).narrow(0, first, count).split(OFFLOAD_PART)
         optimizer.norm_for_param_grads[number] = torch.stack([part.double().norm() for part in parts]).norm()
 
-    def copy(param) -> None:
+    def copy(param: nn.Parameter) -> None:
         places, number = optimizer.grad_position, optimizer.get_param_id(param)
         place, clear = places[number], optimizer.clear_grad_attribute
         group, source, target, count = place
         optimizer.clear_grad_attribute = lambda _: None  # not before the last part is on its way
-        for first in range(0, count, OFFLOAD_PART):
-            places[number] = [group, source + first, target + first, min(OFFLOAD_PART, count - first)]
-            whole(param)
-        places[number], optimizer.clear_grad_attribute = place, clear
+        try:
+            for first in range(0, count, OFFLOAD_PART):
+                places[number] = [group, source + first, target + first, min(OFFLOAD_PART, count - first)]
+                whole(param)
+        finally:
+            places[number], optimizer.clear_grad_attribute = place, clear
         clear(param)
 
     optimizer.set_norm_for_param_grad_in_gpu = set_norm

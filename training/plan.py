@@ -172,12 +172,14 @@ def make_plan(
             Path(path), ds_config, memory, world_size, expert_parallel=expert_parallel,
         )  # fmt: skip
 
+    if args.gpu_memory and device == "cpu":
+        raise UserError("--gpu-memory has no effect on a CPU: leave it out")
     placement, room = args.requested_placement, FIT * _device_memory(device, args)
     if placement == "auto" and args.deepspeed_config:
         placement = deepspeed_config.placement_of(args.deepspeed_config)
     if placement == "auto":
         plan = attempt("resident")
-        if plan.memory.device <= room:
+        if plan.memory.device <= room:  # and so within --gpu-memory
             return replace(plan, idle_flags=tuple(idle_expert_flags(args, "resident")))
         placement = "streamed"
     for flag, placements in idle_expert_flags(args, placement).items():
@@ -188,6 +190,11 @@ def make_plan(
     for smaller in ("streamed_offload", "streamed_zero3"):
         if placement == "streamed" and plan.memory.device > room and not args.deepspeed_config:
             plan = attempt(placement, smaller)
+    if args.gpu_memory and plan.memory.device > _device_memory(device, args):
+        raise UserError(
+            f"--gpu-memory {args.gpu_memory}: the run needs about {plan.memory.device / 1e9:.2f} GB: raise it, or "
+            f"use --gradient-checkpointing, a smaller --batch-size or --expert-vram"
+        )
     return plan
 
 

@@ -44,7 +44,7 @@ from training.engine import (
     build_engine,
     build_model,
     build_placement,
-    free_gpu_memory,
+    device_with_room,
     limit_gpu_memory,
     set_learning_rates,
     start_ranks,
@@ -200,12 +200,16 @@ class Pretrainer:
         except Interrupted:
             raise
         except (Exception, KeyboardInterrupt) as error:
-            if disk.is_full(error):
+            if full := disk.is_full(error):
+                what = f"No space left on the disk of {self.run_dir}"
+            else:
+                what = str(error)
+                self._emergency(error)
+            if full or isinstance(error, OSError):
                 raise UserError(
-                    f"No space left on the disk of {self.run_dir}, stopped at step {self.step}; complete "
-                    f"checkpoints are untouched: free some space and --resume {self.run_dir}"
+                    f"{what}, stopped at step {self.step}; complete checkpoints are untouched: "
+                    f"{'free some space' if full else 'mend it'} and --resume {self.run_dir}"
                 ) from error
-            self._emergency(error)
             raise
         finally:
             self.log.close()
@@ -381,19 +385,14 @@ class Pretrainer:
         expected = probe_logits(self.engine.module, self.ranks.device)
         if self.is_main:
             try:
-                dtype, where = DTYPES[self.plan.precision], self._verify_device()
+                dtype = DTYPES[self.plan.precision]
+                where = device_with_room(self.ranks.device, self.config.num_params() * dtype.itemsize)
                 verify_export(temporary, expected, dtype, where, self.ranks.device)
             except Exception:
                 disk.publish(temporary, self.run_dir / "unverified_model")
                 raise
             disk.publish(temporary, final)
         dist.barrier()
-
-    def _verify_device(self) -> torch.device:
-        """The GPU if a second model fits beside the first, else the host."""
-        needed = self.config.num_params() * DTYPES[self.plan.precision].itemsize
-        fits = self.device_type == "cuda" and needed < 0.8 * free_gpu_memory(self.ranks.device)
-        return self.ranks.device if fits else torch.device("cpu")
 
     # -- state -----------------------------------------------------------------------------------------------
 

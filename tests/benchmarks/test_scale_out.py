@@ -190,7 +190,7 @@ def test_goals_take_the_fastest_of_each_and_the_worst_loss():
     where = "1B on 2 GPUs, 32 x 512 tokens each"
     assert {g["name"]: (g["measured"], g["met"]) for g in result} == {
         f"times the tokens/s of autoep, {where}": (pytest.approx(0.9 / 0.8), True),
-        f"last loss beside autoep, {where}": (pytest.approx(0.16 / 8.16), False),
+        f"last loss beside autoep, {where}": (pytest.approx(0.16 / 2.4), False),
         f"times the tokens/s of deepspeed.moe, {where}": (pytest.approx(0.7 / 0.8), False),
         f"last loss beside deepspeed.moe, {where}": (0.0, True),
     }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from training import engine
-from training.engine import offload_in_parts, say_what_is_compiled
+from training.engine import device_with_room, limit_gpu_memory, offload_in_parts, say_what_is_compiled
 
 
 def test_a_lock_on_an_op_is_said(tmp_path, monkeypatch, capsys):
@@ -43,6 +43,10 @@ def test_gradients_leave_in_parts(monkeypatch, accumulated):
     optimizer.master_weights_and_grads_dtype = torch.float32
     optimizer._offload_gradient_safety_enabled = False
     optimizer._record_gradient_stream = optimizer._record_offload_copy = lambda *_: None
+    moved, whole = [], optimizer.async_inplace_copy_grad_to_fp32_buffer_from_gpu
+    optimizer.async_inplace_copy_grad_to_fp32_buffer_from_gpu = lambda parameter: (
+        moved.append(optimizer.grad_position[3][3]), whole(parameter)
+    )  # fmt: skip
     offload_in_parts(optimizer)
     optimizer.set_norm_for_param_grad_in_gpu(parameter)
     optimizer.async_inplace_copy_grad_to_fp32_buffer_from_gpu(parameter)
@@ -51,4 +55,34 @@ def test_gradients_leave_in_parts(monkeypatch, accumulated):
     assert torch.equal(whole_group.grad[11:41], expected)
     assert not whole_group.grad[:11].any() and not whole_group.grad[41:].any()
     assert (parameter.grad_accum if accumulated else parameter.grad) is None  # it is gone
-    assert optimizer.grad_position == {3: [0, 4, 11, 30]}
+    assert optimizer.grad_position == {3: [0, 4, 11, 30]} and moved == [7, 7, 7, 7, 2]
+
+
+def test_zero3_takes_norms_in_parts(monkeypatch):
+    monkeypatch.setattr(engine, "OFFLOAD_PART", 2)
+    optimizer = object.__new__(engine.DeepSpeedZeroOptimizer_Stage3)
+    offload_in_parts(optimizer)
+    gradient = torch.randn(5, 9)
+    seen, split = [], torch.Tensor.split
+    monkeypatch.setattr(torch.Tensor, "split", lambda x, size: seen.append(size) or split(x, size))
+    found = optimizer._constant_buffered_norm2(gradient)
+    torch.testing.assert_close(found, gradient.double().norm())
+    assert seen == [8]
+
+
+def test_memory_that_a_run_may_use(monkeypatch):
+    """With a GPU of 80 bytes that is only described, of which another process has 30."""
+    gpu, caps = torch.device("cuda", 0), []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: caps.append(share))
+    for limit in (20.0, 160.0):
+        limit_gpu_memory(limit, gpu)
+    limit_gpu_memory(20.0, torch.device("cpu"))
+    assert caps == [0.25, 1.0]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (50, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 10)
+    for share, room in ((1.0, 50), (0.25, 10)):
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _, share=share: share)
+        assert device_with_room(gpu, 0.8 * room - 0.1) == gpu
+        assert device_with_room(gpu, 0.8 * room) == torch.device("cpu")
+    assert device_with_room(torch.device("cpu"), 0) == torch.device("cpu")

@@ -75,6 +75,11 @@ def test_the_plan_keeps_to_the_memory_it_may_use(monkeypatch):
     assert plan_of(preset_config("1B"), **shape).placement == "resident"
     small = plan_of(preset_config("1B"), **shape, gpu_memory="4GB")
     assert small.placement == "streamed" and small.memory.device < 4e9
+    for placement in ("resident", "auto"):
+        with pytest.raises(UserError, match=r"--gpu-memory 10MB: the run needs about .* GB"):
+            plan_of(preset_config("1B"), device="cuda", placement=placement, gpu_memory="10MB")
+    with pytest.raises(UserError, match="no effect on a CPU"):
+        plan_of(preset_config("1B"), gpu_memory="4GB")
 
 
 def test_a_json_that_nobody_named_bounds_the_ranks_that_share_experts(monkeypatch):
