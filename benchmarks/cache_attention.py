@@ -240,9 +240,8 @@ def measure(cell: dict, device: str = "cuda", timed: Callable = microseconds) ->
             except torch.OutOfMemoryError:
                 row["error"] = "out of memory"
             except RuntimeError as error:  # compilers fail in many ways
-                row["error"] = (
-                    f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:150]}"
-                )
+                lines = str(error).strip().splitlines() or ["no message"]
+                row["error"] = f"{type(error).__name__}: {lines[0][:150]}"
             else:
                 if "retrieved" not in operation:
                     row["tflop_s"] = flops(cell, operation) / row["p50_us"] / 1e6

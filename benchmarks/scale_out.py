@@ -23,8 +23,8 @@ Beside the columns of `benchmarks/cell.py`, a row has
   weights on equal data, have to agree within `SAME_START`; else the row says why there is no ratio.
 
 Goals, for each preset, number of GPUs and tokens a step: the fastest resident row over the fastest row of each
-baseline, at least 1, and the last losses apart by at most `SAME_LOSS` of how far ours has fallen, wherever there is
-a ratio.
+baseline, at least 1, and the last losses apart by at most `SAME_LOSS` of how far ours has fallen, wherever
+there is a ratio.
 """
 
 from __future__ import annotations

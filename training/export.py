@@ -131,7 +131,7 @@ def verify_export(
     """Reload an exported directory and compare its logits with those of the model it came from.
 
     Another kind of device than the model was trained on rounds otherwise, and sends a token to another expert now
-    and then, whose logits are others; there half of the tokens have to agree, and damage that few meet is not seen.
+    and then, whose logits are others; there half of the tokens have to agree. Damage that few meet is not seen.
 
     Raises:
         UserError: they differ by more than rounding.
