@@ -95,9 +95,8 @@ def has_grouped_gemm(rows: Tensor) -> bool:
 
 def triton_grouped_gemm(rows: Tensor) -> Callable[..., Tensor] | None:
     """DeepSpeed's grouped GEMM for compute capability 8.0 to 8.9, where `F.grouped_mm` runs but loops over experts
-    and waits for their counts; None elsewhere, and unless Triton was asked for: it is not tested on such a GPU.
-
-    Its tiles are chosen by timing, and with them the order of sums: not for deterministic algorithms.
+    and waits for their counts; None elsewhere, for deterministic algorithms (its tiles, and so the order of sums,
+    are chosen by timing), and unless Triton was asked for: it is not tested on such a GPU.
     """
     on_ampere = (
         wants_all()

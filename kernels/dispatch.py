@@ -4,7 +4,6 @@ import functools
 import importlib
 import os
 import shutil
-import sysconfig
 from collections import namedtuple
 
 import torch
@@ -56,20 +55,14 @@ def obstacle(device: torch.device, num_experts: int, num_active: int, width: int
     )
     if not (on_gpu or interpreted):
         return "kernels need an NVIDIA GPU of compute capability 7.5 or later"
-    if not interpreted and not has_compiler():
-        return "Triton needs a C compiler and Python's headers"
+    if not interpreted and not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
+        return "Triton needs a C compiler"
     try:  # by name, because an export copies what is imported, and Triton is not everywhere
         routing, moves = (importlib.import_module(f"kernels.{name}") for name in ("routing", "permute"))
     except ImportError as error:
         return f"{error.name} is not installed"
     _operations["triton"] = Operations(routing.route, moves.permute, moves.combine, moves.unpermute)
     return ""
-
-
-def has_compiler() -> bool:
-    """Whether Triton can build what launches its kernels."""
-    names = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
-    return any(map(shutil.which, names)) and os.path.exists(sysconfig.get_path("include") + "/Python.h")
 
 
 @torch.compiler.assume_constant_result
@@ -119,5 +112,4 @@ def unpermute(rows_ND: Tensor, places_TK: Tensor) -> Tensor:
 
 def moves(values: Tensor, places_TK: Tensor) -> Operations:
     """What moves rows of these values."""
-    name = chosen(values.device, 0, places_TK.shape[1], values.shape[1])
-    return _operations[name]
+    return _operations[chosen(values.device, 0, places_TK.shape[1], values.shape[1])]

@@ -315,7 +315,9 @@ def test_epochs_are_finished_with_another_batch_size(data, tmp_path):
 
 def test_another_layout_is_refused(data, uninterrupted, tmp_path):
     whole, _ = uninterrupted
-    line = bad(data, tmp_path, "--resume", str(whole), "--placement", "zero3")
+    where = ("--resume", str(whole), "--output-dir", str(whole.parent))
+    assert f"a resumed run goes on in {whole}" in bad(data, tmp_path, *where[:2])
+    line = bad(data, tmp_path, *where, "--placement", "zero3")
     assert "placement resident" in line and "zero3" in line and "--init-from" in line
 
 
