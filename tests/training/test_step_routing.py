@@ -136,8 +136,10 @@ def test_another_run_starts_from_it(data, uninterrupted, tmp_path):
     ],
 )
 def test_bad_input_is_one_clear_line(data, uninterrupted, tmp_path, flags, words):
-    flags = [str(uninterrupted[0]) if flag == "RUN" else flag for flag in flags]
-    _, text = run(data, tmp_path / "out", "--max-steps", "2", *flags, expect=2)
+    whole, _ = uninterrupted
+    output = whole.parent if "RUN" in flags else tmp_path / "out"
+    flags = [str(whole) if flag == "RUN" else flag for flag in flags]
+    _, text = run(data, output, "--max-steps", "2", *flags, expect=2)
     (line,) = [line for line in text.splitlines() if line.startswith("error:")]
     assert "Traceback" not in text and "step 1/" not in text
     for word in words:

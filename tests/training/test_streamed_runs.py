@@ -163,9 +163,9 @@ def test_experts_that_do_not_fit_in_host_memory_are_refused_before_they_are_buil
     assert not list((tmp_path / "out").glob("*"))
 
 
-def test_a_checkpoint_of_another_state_is_refused(data, uninterrupted, tmp_path):
+def test_a_checkpoint_of_another_state_is_refused(data, uninterrupted):
     whole, _ = uninterrupted
-    line = refused(command(data, tmp_path, "--resume", str(whole), "--expert-state", "int8"))
+    line = refused(command(data, whole.parent, "--resume", str(whole), "--expert-state", "int8"))
     assert "expert state fp32" in line and "int8" in line and "--init-from" in line
 
 
