@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.cell import WARMUP, Cell, run_all
-from benchmarks.results import DIRECTORY, REPOSITORY, goal, gpu_goals, machine
+from benchmarks.results import DIRECTORY, REPOSITORY, goal, gpu_goals, machine, save
 from model.presets import PRESETS
 
 MOST_GROWTH = 0.02
@@ -143,8 +143,7 @@ def draw(rows: list[dict], gpu: str, path: Path):
     axes.title.set_fontsize(10)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save(figure, path)
     return figure
 
 

@@ -26,7 +26,7 @@ from queue import Queue
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.results import DIRECTORY, REPOSITORY, goal, machine, measured_before, report, write
+from benchmarks.results import DIRECTORY, REPOSITORY, goal, machine, measured_before, report, save, write
 
 MOST_ABOVE = 0.01
 BASELINE = "resident"
@@ -196,8 +196,7 @@ def draw(rows: list[dict], title: str, path: Path):
     figure.axes[0].set(ylabel="validation loss, nats a token")
     figure.axes[0].legend()
     figure.suptitle(title, fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save(figure, path)
     return figure
 
 

@@ -107,6 +107,12 @@ def report(path: Path, rows: list[dict], goals: list[dict], device: str | None) 
     print(f"\nwritten {path}")
 
 
+def save(figure, path: Path) -> None:
+    """Write a plot."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
 def measured_before(path: Path, device: str | None) -> list[dict]:
     """The rows without an error that `path` holds, for a benchmark that goes on where it was ended.
 

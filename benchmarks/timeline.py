@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.cell import Cell, run_cells
-from benchmarks.results import DIRECTORY, REPOSITORY, machine, report
+from benchmarks.results import DIRECTORY, REPOSITORY, machine, report, save
 
 Span = tuple[float, float]
 """Start and end in seconds."""
@@ -141,8 +141,7 @@ def draw(lanes: dict[str, list[Span]], title: str, path: Path):
         axes.set_xlim(1e3 * left, 1e3 * right)
     axes.set_xlabel("milliseconds of the step; below, a part of its backward")
     figure.suptitle(title, fontsize=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save(figure, path)
     return figure
 
 

@@ -320,7 +320,7 @@ def test_interpreter():
 def test_on_a_gpu(check, request):
     if check is check_equal_to_the_twin:
         reason = "in bf16 the gradient of the gate is 0.020 off where plain PyTorch is 0.006 off"
-        request.applymarker(pytest.mark.xfail(reason=reason))
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     check("cuda")
 
 

@@ -321,7 +321,19 @@ def test_another_layout_is_refused(data, uninterrupted, tmp_path):
     assert "placement resident" in line and "zero3" in line and "--init-from" in line
 
 
-def test_a_gradient_that_is_not_finite_is_refused_and_an_exception_saves(data, tmp_path):
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        ('RuntimeError("a broken machine")', "RuntimeError: a broken machine"),
+        (
+            'OSError(5, "Input/output error", "disk")',
+            "UserError: [Errno 5] Input/output error: 'disk', stopped at step 3; complete checkpoints are "
+            "untouched: mend it and --resume",
+        ),
+    ],
+    ids=["machine", "disk"],
+)
+def test_a_gradient_that_is_not_finite_is_refused_and_an_exception_saves(data, tmp_path, failure, said):
     """In the trainer itself: a NaN gradient at step 2 changes nothing, an exception at step 4 leaves step 3."""
     script = tmp_path / "script.py"
     script.write_text(f"""
@@ -340,7 +352,7 @@ real = pretrainer.train_step
 
 def step(engine, batches):
     if trainer.step == 3:
-        raise RuntimeError("a broken machine")
+        raise {failure}
     before = engine.module.model.norm.weight.detach().clone()
     handle = None
     if trainer.step == 1:
@@ -357,7 +369,7 @@ pretrainer.train_step = step
 trainer.train()
 """)
     code, text = finish(start([str(script)]))
-    assert "a broken machine" in text and code == 1, text
+    assert said in text and code == 1, text
     (directory,) = (tmp_path / "out").glob("pragnosia_*")
     state = json.loads((directory / "emergency_checkpoint" / "trainer_state.json").read_text())
     assert state["step"] == 3
