@@ -21,18 +21,36 @@ from experts.store import BankStore, Page
 class Slot:
     """Device buffers for one page: `buffers[quantity]` is [R, entries of a row on this rank].
 
-    `weight_RP` are whole rows: this rank's part of them, or all ranks' parts gathered.
+    `weight_RP` are whole rows: this rank's part of them, or all ranks' parts gathered. `parts` are slots for light
+    pages in the same memory, which forward, in need of no state, fills with several pages at once; `whole` is the
+    slot that a part belongs to. `free` and `uploaded` are events, as many as have to be waited for.
     """
 
-    def __init__(self, size: int, store: BankStore, device: torch.device):
-        self.buffers = {
-            name: torch.empty(size, count, dtype=dtype, device=device)
-            for name, (dtype, count) in store.entries.items()
-        }
-        self.weight_RP = self.buffers["weight"]
-        if store.layout.ranks > 1:
-            self.weight_RP = self.weight_RP.new_empty(size, store.layout.row_size)
-        self.uploaded = self.free = None  # events; None: at once
+    def __init__(self, buffers: dict[str, Tensor], weight_RP: Tensor, whole: Slot | None = None):
+        self.buffers, self.weight_RP, self.whole = buffers, weight_RP, whole
+        self.parts: list[Slot] = []
+        self.uploaded: torch.cuda.Event | None = None
+        self.free: tuple[torch.cuda.Event | None, ...] = ()
+
+
+def make_slot(size: int, store: BankStore, device: torch.device) -> Slot:
+    """A slot for R = `size` experts."""
+    buffers = {
+        name: torch.empty(size, count, dtype=dtype, device=device)
+        for name, (dtype, count) in store.entries.items()
+    }
+    weight_RP = buffers["weight"]
+    if store.layout.ranks > 1:  # its parts would each need room to gather into
+        return Slot(buffers, weight_RP.new_empty(size, store.layout.row_size))
+    slot = Slot(buffers, weight_RP)
+    needed = weight_RP.nbytes
+    for buffer in buffers.values():
+        count = buffer.nbytes // needed if needed % 16 == 0 else int(buffer is weight_RP)  # products want 16
+        memory = buffer.view(-1).view(torch.uint8)
+        for first in range(0, count * needed, needed):
+            rows_RP = memory[first : first + needed].view(weight_RP.dtype).view_as(weight_RP)
+            slot.parts.append(Slot({"weight": rows_RP}, rows_RP, slot))
+    return slot
 
 
 def gather_rows(part_RP: Tensor, whole_RP: Tensor, rows: int, group: dist.ProcessGroup) -> None:
@@ -59,7 +77,8 @@ class SlotRing:
         self.on_gpu = device.type == "cuda"
         self.upload = torch.cuda.Stream(device) if self.on_gpu else None
         self.download = torch.cuda.Stream(device) if self.on_gpu else None
-        self.idle = deque(Slot(page_size, stores[0], device) for _ in range(num_slots))
+        self.idle = deque(make_slot(page_size, stores[0], device) for _ in range(num_slots))
+        self.idle_parts: deque[Slot] = deque()
         self.announced: deque[Page] = deque()
         self.travelling: deque[tuple[Page, Slot]] = deque()
         self.written: dict[tuple[int, int], torch.cuda.Event] = {}  # when an expert last reached its store
@@ -81,7 +100,7 @@ class SlotRing:
         """The slot that holds the page; computation waits for its upload."""
         self._advance()
         if not self.travelling:
-            self._upload()  # not ready, but needed now
+            self._upload(self._room(page))  # not ready, but needed now
         assert self.travelling and self.travelling[0][0] == page, "pages are taken in the announced order"
         _, slot = self.travelling.popleft()
         if self.on_gpu:
@@ -90,17 +109,18 @@ class SlotRing:
 
     def release(self, page: Page, slot: Slot, changed: Iterable[str] = ()) -> None:
         """The computation that reads the slot has been launched; `changed` quantities go back to the store."""
-        slot.free = self._mark(None)
+        slot.free = (self._mark(None),)
         if changed:
-            self._wait(self.download, slot.free)
+            self._wait(self.download, *slot.free)
             store = self.stores[page.layer]
             with self._on(self.download):
                 for here, name, host in store.receive(page, changed):
                     host.copy_(slot.buffers[name][here], non_blocking=True)
-            slot.free = self._mark(self.download)
-            store.received(page, slot.free)
-            self.written |= dict.fromkeys(((page.layer, expert) for expert in page.experts), slot.free)
-        self.idle.append(slot)
+            done = self._mark(self.download)
+            store.received(page, done)
+            self.written |= dict.fromkeys(((page.layer, expert) for expert in page.experts), done)
+            slot.free = (done,)
+        self._return(slot)
         self._advance()
 
     def cancel(self) -> None:
@@ -110,8 +130,8 @@ class SlotRing:
         self.announced.clear()
         while self.travelling:
             _, slot = self.travelling.popleft()
-            slot.free = slot.uploaded
-            self.idle.append(slot)
+            slot.free = (slot.uploaded,)
+            self._return(slot)
 
     def synchronize(self) -> None:
         """Wait until the stores hold what was released."""
@@ -126,17 +146,44 @@ class SlotRing:
         With several ranks a page that is not at hand is waited for: an upload ends in a collective, and all ranks
         must come to it at the same place.
         """
-        while self.idle and self.announced:
+        while self.announced:
             page = self.announced[0]
             if self.group is None and not self.stores[page.layer].is_ready(page):
                 return
-            self._upload()
+            slot = self._room(page)
+            if slot is None:
+                return
+            self._upload(slot)
 
-    def _upload(self) -> None:
-        """Bring the next page to an idle slot, which may still be read or downloaded when we ask."""
-        page, slot = self.announced.popleft(), self.idle.popleft()
+    def _room(self, page: Page) -> Slot | None:
+        """An idle slot, or a part of one for a light page; None where there is none.
+
+        Parts are handed out and come back in the order of the pages, so those of one slot come back together.
+        """
+        if page.is_light and (self.idle_parts or (self.idle and self.idle[0].parts)):
+            if not self.idle_parts:
+                slot = self.idle.popleft()
+                for part in slot.parts:
+                    part.free = slot.free
+                    self.idle_parts.append(part)
+            return self.idle_parts.popleft()
+        if self.idle:
+            return self.idle.popleft()
+        for slot in dict.fromkeys(part.whole for part in self.idle_parts):
+            if all(part in self.idle_parts for part in slot.parts):
+                self.idle_parts = deque(part for part in self.idle_parts if part.whole is not slot)
+                slot.free = tuple(event for part in slot.parts for event in part.free)
+                return slot
+        return None
+
+    def _return(self, slot: Slot) -> None:
+        (self.idle if slot.whole is None else self.idle_parts).append(slot)
+
+    def _upload(self, slot: Slot) -> None:
+        """Bring the next page to a slot, which may still be read or downloaded when we ask."""
+        page = self.announced.popleft()
         store = self.stores[page.layer]
-        self._wait(self.upload, slot.free)
+        self._wait(self.upload, *slot.free)
         for event in {self.written.get((page.layer, expert)) for expert in page.experts}:
             self._wait(self.upload, event)
         with self._on(self.upload):
@@ -159,6 +206,7 @@ class SlotRing:
         event.record(stream or torch.cuda.current_stream(self.device))
         return event
 
-    def _wait(self, stream: torch.cuda.Stream | None, event: torch.cuda.Event | None) -> None:
-        if event is not None:
-            stream.wait_event(event)
+    def _wait(self, stream: torch.cuda.Stream | None, *events: torch.cuda.Event | None) -> None:
+        for event in events:
+            if event is not None:
+                stream.wait_event(event)

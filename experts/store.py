@@ -87,6 +87,8 @@ class Page:
     layer: int
     experts: tuple[int, ...]
     quantities: tuple[str, ...]
+    is_light: bool = False
+    """Only read, and of nothing but its weights: it needs a part of a slot."""
 
 
 Transfer = tuple[slice, str, Tensor]

@@ -336,7 +336,8 @@ class StreamedExperts(Placement):
 
     def _chunks(self, layer: int, experts, quantities: tuple[str, ...]) -> list[Page]:
         size, experts = self.settings.page_size, tuple(experts)
-        return [Page(layer, experts[i : i + size], quantities) for i in range(0, len(experts), size)]
+        light = quantities == ("weight",)
+        return [Page(layer, experts[i : i + size], quantities, light) for i in range(0, len(experts), size)]
 
     def _backward_quantities(self, chunk: Page, boundary: bool, accumulated: set[int]) -> tuple[str, ...]:
         needed = tuple(self.kept) if boundary else ("weight",)

@@ -21,6 +21,7 @@ from kernels.reference import RouterStatistics, Routing
 
 PROGRAMS = 512  # at most so many chunks: some for each multiprocessor, and few enough to add up
 TILE = 1024  # tokens · experts that a program holds in registers
+PLACE_TILE, PLACE_ROWS = 4096, 64  # rows · experts, and at most so many rows, that are placed at once
 FINALIZE = {"BLOCK_P": 512, "BLOCK_E": 4}
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
 LAUNCH_BACKWARD = LAUNCH | {"num_warps": 1}
@@ -63,7 +64,6 @@ def route_op(
     ids_TK, weights_TK, counts_E, order_N, places_TK, balance, z, entropy, load_E, lse_T, tokens = results
     (T, E), K = logits_TE.shape, num_active
     tokens_a_tile, block_E = tile(E)
-    place_tokens, _ = tile(E, TILE // 2)
     block_K = triton.next_power_of_2(K)
     chunk = tokens_a_tile * max(1, triton.cdiv(T, tokens_a_tile * PROGRAMS))
     P = max(1, triton.cdiv(T, chunk))
@@ -78,9 +78,10 @@ def route_op(
     finalize_kernel[(triton.cdiv(E, FINALIZE["BLOCK_E"]),)](
         first_PE, load_PE, probs_PE, counts_E, load_E, probs_E, P, E, **FINALIZE, **LAUNCH
     )
+    rows, _ = tile(E, PLACE_TILE)
     place_kernel[(P + 1,)](
         ids_TK, first_PE, counts_E, load_E, probs_E, sums_3P, order_N, places_TK, balance, z, entropy, tokens,
-        T, E, P, chunk, K, place_tokens, block_E, triton.next_power_of_2(PROGRAMS), **LAUNCH,
+        T, E, P, chunk, K, min(rows, PLACE_ROWS), block_E, triton.next_power_of_2(PROGRAMS), **LAUNCH,
     )  # fmt: skip
     return results
 
@@ -309,7 +310,7 @@ def finalize_kernel(
 @triton.jit
 def place_kernel(
     ids, first_PE, counts_E, load_E, probs_E, sums_3P, order_N, places_TK, balance, z, entropy, tokens,
-    T, E, P, chunk, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
+    T, E, P, chunk, K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One program places the rows of one chunk; the last one adds up the losses."""
     program = tl.program_id(0).to(tl.int64)
@@ -326,19 +327,16 @@ def place_kernel(
         return
     counts = tl.load(counts_E + e, e < E, 0)
     first = tl.cumsum(counts, 0) - counts + tl.load(first_PE + program * E + e, e < E, 0)
-    end = tl.minimum((program + 1) * chunk, T)
-    for start in range(program * chunk, end, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        choice = tl.full([BLOCK_T, BLOCK_E], K, tl.int32)
-        for k in tl.static_range(K):
-            i = tl.load(ids + t * K + k, t < end, -1)
-            choice = tl.where(i[:, None] == e[None, :], k, choice)
-        here = (choice < K).to(tl.int32)
-        place = first[None, :] + tl.cumsum(here, 0) - here
-        n = t[:, None] * K + choice
-        tl.store(places_TK + n, place, choice < K)
-        tl.store(order_N + place, n, choice < K)
-        first += tl.sum(here, 0)
+    row = tl.arange(0, BLOCK_N)
+    end = tl.minimum((program + 1) * chunk, T) * K
+    for start in range(program * chunk * K, end, BLOCK_N):
+        n = start + row
+        i = tl.load(ids + n, n < end, -1).to(tl.int32)
+        before = (row[None, :] < row[:, None]) & (i[None, :] == i[:, None])
+        place = tl.gather(first, tl.maximum(i, 0), 0) + tl.sum(before.to(tl.int32), 1)
+        tl.store(places_TK + n, place, n < end)
+        tl.store(order_N + place, n, n < end)
+        first += tl.sum((i[:, None] == e[None, :]).to(tl.int32), 0)
 
 
 @triton.jit

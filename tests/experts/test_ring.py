@@ -1,5 +1,6 @@
 """The ring against a plain model: whatever is announced, taken, changed and cancelled, a slot holds the newest."""
 
+import itertools
 from collections import deque
 
 import pytest
@@ -11,13 +12,17 @@ from experts.ring import SlotRing
 from experts.store import BankStore, Page, RowLayout, quantities, runs
 
 EXPERTS, LAYERS = 6, 2
-QUANTITIES = ("weight", "exp_avg", "exp_avg_scale", "updates")
+QUANTITIES = {
+    "int8": ("weight", "exp_avg", "exp_avg_scale", "updates"),
+    "bf16": ("weight", "exp_avg", "exp_avg_sq", "updates"),
+    "fp32": ("weight", "exp_avg", "exp_avg_sq", "master"),
+}
 
 
-def make_stores(on_gpu: bool) -> list[BankStore]:
+def make_stores(on_gpu: bool, state: str = "int8") -> list[BankStore]:
     """On a GPU page-locked, so that copies run beside computation, and long, so that they take a while."""
     layout = RowLayout(24, 1000 if on_gpu else 20)
-    stores = [BankStore(EXPERTS, layout, quantities("int8", torch.bfloat16), on_gpu) for _ in range(LAYERS)]
+    stores = [BankStore(EXPERTS, layout, quantities(state, torch.bfloat16), on_gpu) for _ in range(LAYERS)]
     for layer, store in enumerate(stores):
         for array in store.arrays.values():
             array.copy_((torch.arange(EXPERTS) + layer * EXPERTS)[:, None].expand_as(array))
@@ -41,17 +46,23 @@ def test_runs_are_the_fewest_copies(chosen):
 
 
 @st.composite
-def rounds(draw) -> list[dict]:
-    """Rounds of pages that share no expert: how many of them are taken, which are changed, how many are held at
-    once, and whether the next round is announced before this one is over (which no change may precede)."""
-    drawn = []
+def rounds(draw) -> tuple[str, list[dict]]:
+    """The state that is kept, and rounds.
+
+    A round has pages that share no expert: how many of them are taken, which are changed, how many are held at
+    once, and whether the next round is announced before this one is over (which no change may precede).
+    """
+    drawn, state = [], draw(st.sampled_from(list(QUANTITIES)))
     for _ in range(draw(st.integers(1, 4))):
         size = draw(st.integers(1, 3))
         pages = []
         for layer in draw(st.permutations(range(LAYERS))):
             experts = sorted(draw(st.sets(st.integers(0, EXPERTS - 1))))
-            names = draw(st.sampled_from([QUANTITIES, ("weight",), ("weight", "updates")]))
-            pages += [Page(layer, tuple(experts[i : i + size]), names) for i in range(0, len(experts), size)]
+            names = draw(st.sampled_from([QUANTITIES[state], ("weight",), ("weight", "updates")]))
+            light = draw(st.booleans()) and names == ("weight",)
+            pages += [
+                Page(layer, tuple(experts[i : i + size]), names, light) for i in range(0, len(experts), size)
+            ]
         drawn.append(
             {
                 "pages": pages,
@@ -61,15 +72,15 @@ def rounds(draw) -> list[dict]:
                 "early": draw(st.booleans()),
             }
         )
-    return drawn
+    return state, drawn
 
 
-def play(schedule: list[dict], num_slots: int, device: str, sleeps=None) -> None:
+def play(state: str, schedule: list[dict], num_slots: int, device: str, sleeps=None) -> None:
     """Run a schedule and compare each slot with the model, at the end for a GPU never waits on the way.
 
     sleeps: cycles by which the computation lags behind, one draw a page.
     """
-    stores = make_stores(device == "cuda")
+    stores = make_stores(device == "cuda", state)
     newest = [{name: array.clone() for name, array in store.arrays.items()} for store in stores]
     ring, written, seen = make_ring(stores, num_slots, device=device), 100, []
     announced: deque[Page] = deque()
@@ -101,6 +112,7 @@ def play(schedule: list[dict], num_slots: int, device: str, sleeps=None) -> None
                 found = slot.buffers[name][: len(page.experts)].clone()
                 seen.append((found, newest[page.layer][name][list(page.experts)], page))
             changed = page.quantities if turn["changed"] == "all" else turn["changed"]
+            changed = () if page.is_light else changed
             held.append((page, slot, changed))
             while len(held) > min(turn["held"], num_slots - 1):
                 release(*held.popleft())
@@ -121,14 +133,36 @@ def play(schedule: list[dict], num_slots: int, device: str, sleeps=None) -> None
 @given(rounds(), st.integers(2, 5))
 @settings(deadline=None, max_examples=300, derandomize=True)
 def test_a_slot_holds_the_newest(schedule, num_slots):
-    play(schedule, num_slots, "cpu")
+    play(*schedule, num_slots, "cpu")
 
 
 @pytest.mark.gpu
 @given(rounds(), st.integers(2, 5), st.randoms(use_true_random=False))
 @settings(deadline=None, max_examples=100, derandomize=True)
 def test_a_slot_holds_the_newest_while_the_gpu_lags(schedule, num_slots, random):
-    play(schedule, num_slots, "cuda", lambda: random.choice([0, 1000, 1_000_000]))
+    play(*schedule, num_slots, "cuda", lambda: random.choice([0, 1000, 1_000_000]))
+
+
+@pytest.mark.parametrize(("state", "parts"), [("int8", 1), ("bf16", 3), ("fp32", 7)])
+def test_light_pages_share_the_memory_of_a_slot(state, parts):
+    ring = make_ring(make_stores(False, state), num_slots=2, page_size=2)
+    (slot, other) = ring.idle
+    assert len(slot.parts) == parts
+    memory = {name: (b.data_ptr(), b.data_ptr() + b.nbytes) for name, b in slot.buffers.items()}
+    spans = sorted((p.weight_RP.data_ptr(), p.weight_RP.data_ptr() + p.weight_RP.nbytes) for p in slot.parts)
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+    assert all(any(lo <= a and b <= hi for lo, hi in memory.values()) for a, b in spans)
+
+    light = [Page(layer, (e,), ("weight",), True) for layer in range(LAYERS) for e in range(EXPERTS)]
+    ring.announce(light[: parts + 1])  # one more than a slot has parts: the second is cut too
+    assert (len(ring.travelling), len(ring.idle), len(ring.idle_parts)) == (parts + 1, 0, parts - 1)
+    heavy = Page(0, (0,), QUANTITIES[state])
+    ring.announce([heavy])
+    for page in light[:parts]:
+        ring.release(page, ring.take(page))
+    assert [page for page, _ in ring.travelling][-1] == heavy  # the first slot is whole again
+    last = ring.take(light[parts])
+    assert last.whole is other and ring.take(heavy) is slot
 
 
 def test_uploads_run_ahead_as_far_as_slots_allow():

@@ -345,8 +345,9 @@ def test_compiles_for(capability, tmp_path):
         fits(routing.forward_kernel, types, 168)
         block_T, _ = routing.tile(experts, routing.TILE // 4)
         fits(routing.backward_kernel, {**types, "BLOCK_T": block_T}, 255, routing.LAUNCH_BACKWARD)
+        block_N = min(routing.PLACE_ROWS, routing.tile(experts, routing.PLACE_TILE)[0])
+        fits(routing.place_kernel, {**types, "BLOCK_P": routing.PROGRAMS, "BLOCK_N": block_N}, 128)
     fits(routing.finalize_kernel, {**types, **routing.FINALIZE}, 128)
-    fits(routing.place_kernel, {**types, "BLOCK_P": routing.PROGRAMS}, 128)
 
 
 if __name__ == "__main__":
