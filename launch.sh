@@ -62,8 +62,9 @@ make_environment() { # leaves no stamp unless all is installed
     rm -f -- "$venv/stamp"
     mkdir -p -- "$temporary" # beside the environment: /tmp is often too small for the wheels
     echo "installing requirements.txt into $venv (some minutes; log: $log)" >&2
-    if ! TMPDIR="$temporary" "$python" -m pip install --disable-pip-version-check -r "$root/requirements.txt" \
-        >"$log" 2>&1; then
+    # Modules are compiled when they are first imported: all of them, now, would take another minute.
+    if ! TMPDIR="$temporary" "$python" -m pip install --disable-pip-version-check --no-compile \
+        -r "$root/requirements.txt" >"$log" 2>&1; then
         die "pip failed: $(grep -m 1 '^ERROR' "$log" || tail -n 1 "$log") (log: $log)"
     fi
     rm -rf -- "$temporary" "$venv/unfinished"

@@ -4,8 +4,8 @@
     python benchmarks/offload.py --only "streamed bf16" resident "tight bf16" --model-size 3B
     python benchmarks/offload.py --keep
 
-Same model, tokens and precision of compute in every cell: `streamed`, also `lean`, with small slots and the
-optimizer of the dense parameters in host memory; `resident`, all in GPU memory; `zero3`,
+Same model, tokens and precision of compute in every cell: `streamed`, also `lean`, with small slots,
+8-bit moments and the optimizer of the dense parameters in host memory; `resident`, all in GPU memory; `zero3`,
 DeepSpeed's ZeRO-3 with weights and optimizer on the CPU, in pages of 8 experts or the whole bank, with windows of
 two pages or DeepSpeed's own, with fp32 or bf16 optimizer state; `fsdp2`, torch's CPU offload. Cells come in the
 order of their importance and the result is written after each, so a run that is ended keeps what it measured,
@@ -38,7 +38,7 @@ from model.presets import PRESETS
 from training import deepspeed_config
 
 ROW = 512  # tokens in a row of the batch
-STREAMED, LEAN = "streamed bf16", "streamed bf16 lean"
+STREAMED, INT8, LEAN = "streamed bf16", "streamed int8", "streamed int8 lean"
 OVER_ZERO3 = {2048: 3.5, 32768: 3.0}  # tokens a step -> times as fast as the best zero3 cell
 OF_BUS, OF_RESIDENT, GPU_GB = 0.85, 0.7, 5.0
 WINDOWS = (
@@ -88,11 +88,11 @@ def variants(size: str, jsons: Path, device: str | None) -> Iterator[dict]:
     yield {
         "name": LEAN,
         "placement": "streamed",
-        "expert_state": "bf16",
-        "expert_vram": "256MB",
+        "expert_state": "int8",
+        "expert_vram": "128MB",
         "deepspeed_config": "streamed_offload",
     }
-    yield {"name": "streamed int8", "placement": "streamed", "expert_state": "int8"}
+    yield {"name": INT8, "placement": "streamed", "expert_state": "int8"}
     for state in ("bf16", "fp32"):
         yield {"name": f"fsdp2 bank {state}", "placement": "fsdp2", "expert_state": state}
     unit, page = next(iter(pages.items()))
@@ -200,13 +200,13 @@ def fastest(rows: list[dict], placement: str, like: dict) -> dict | None:
 
 
 def goals(rows: list[dict]) -> list[dict]:
-    """Of the streamed rows with bf16 state, each where its counterpart was measured."""
+    """Of the streamed rows with token routing, each where its counterpart was measured."""
     judged = []
     for row in rows:
-        if row["name"] not in (STREAMED, LEAN) or "error" in row:
+        if row["name"] not in (STREAMED, INT8, LEAN) or "error" in row:
             continue
         columns, tokens = compared(row, rows), row["tokens"]
-        where = f"{row['model_size']}, {tokens} tokens a step" + (", lean" if row["name"] == LEAN else "")
+        where = f"{row['name']}, {row['model_size']}, {tokens} tokens a step"
         if "over_zero3" in columns and tokens in OVER_ZERO3:
             name = f"times the tokens/s of the best zero3, {where}"
             judged.append(goal(name, OVER_ZERO3[tokens], columns["over_zero3"], at_least=True))

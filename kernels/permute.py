@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.reference import Routing
 
-TILE = 2048  # values that a program holds, if a token has not more
+SPREAD, GATHER = 16, 8  # values of a thread
 
 
 def permute(hidden_TD: Tensor, routing: Routing) -> Tensor:
@@ -53,7 +53,7 @@ def gather_op(rows_ND: Tensor, places_TK: Tensor, weights_TK: Tensor | None) -> 
     output_TD = rows_ND.new_empty(T, D)
     if weights_TK is not None:
         weights_TK = weights_TK.contiguous()
-    launch, shape = layout(D)
+    launch, shape = layout(D, GATHER)
     if output_TD.numel():
         gather_kernel[(triton.cdiv(T, shape["BLOCK_T"]),)](
             rows_ND, places_TK, weights_TK, output_TD, T, D, K, real(rows_ND), **shape, **launch
@@ -110,7 +110,7 @@ gather_op.register_autograd(gather_backward, setup_context=keep_gather)
 def spread(x_TD, places_TK, out_ND, rows_ND=None, weights_TK=None, grad_weights_TK=None) -> None:
     """Run `spread_kernel`."""
     (T, K), D = places_TK.shape, x_TD.shape[1]
-    launch, shape = layout(D)
+    launch, shape = layout(D, SPREAD)
     if T:
         spread_kernel[(triton.cdiv(T, shape["BLOCK_T"]),)](
             x_TD, places_TK, out_ND, rows_ND, weights_TK, grad_weights_TK,
@@ -118,12 +118,12 @@ def spread(x_TD, places_TK, out_ND, rows_ND=None, weights_TK=None, grad_weights_
         )  # fmt: skip
 
 
-def layout(width: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Warps of a program, and its tile: 16 values a thread."""
+def layout(width: int, values: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Warps of a program, and its tile: so many values a thread, of one token or of several short ones."""
     block_D = max(16, triton.next_power_of_2(width))
-    block_T = max(1, TILE // block_D)
-    launch = {"num_warps": max(4, block_D // 512), "enable_fp_fusion": True}
-    return launch, {"BLOCK_T": block_T, "BLOCK_D": block_D}
+    block_T = max(1, 128 * values // block_D)
+    warps = min(16, max(4, block_D // (32 * values)))
+    return {"num_warps": warps, "enable_fp_fusion": True}, {"BLOCK_T": block_T, "BLOCK_D": block_D}
 
 
 def real(tensor: Tensor) -> tl.dtype:

@@ -1,6 +1,9 @@
 """Skips tests whose hardware is missing, and says at the end what was skipped and why."""
 
 import functools
+import os
+import subprocess
+import sys
 from collections import Counter
 
 import hypothesis
@@ -27,7 +30,9 @@ def has_libaio() -> bool:
 
 
 # A file runs in one worker: those that take minutes come first, so that no worker ends alone with one. While the
-# first waits for DeepSpeed's ops to be compiled, the other has files that need none.
+# first waits for DeepSpeed's ops to be compiled, the other has files that need none. What reads and writes a disk
+# comes last, because that op compiles for minutes, on what the tests leave of the processor.
+LAST = ("test_nvme_store.py", "test_nvme_layout.py")
 LONGEST = (
     "test_layouts.py",
     "test_countdown.py",
@@ -41,8 +46,25 @@ LONGEST = (
 )
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """A run of all tests begins to compile what the last of them need."""
+    config = session.config
+    is_controller = config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
+    if is_controller and config.args_source is config.ArgsSource.TESTPATHS and has_libaio():
+        load = "from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load(verbose=False)"
+        subprocess.Popen(
+            [sys.executable, "-c", load],
+            env={**os.environ, "DS_ACCELERATOR": "cpu", "MAX_JOBS": "2"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # one that is killed leaves a lock behind, on which all later ones wait
+            preexec_fn=lambda: os.nice(10),
+        )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
+    places |= dict.fromkeys(LAST, len(LONGEST) + 1)
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
     for item in items:
         needed = max(

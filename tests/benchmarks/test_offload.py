@@ -7,7 +7,6 @@ import pytest
 
 from benchmarks import offload
 from benchmarks.offload import (
-    LEAN,
     STREAMED,
     WINDOWS,
     compared,
@@ -61,7 +60,7 @@ def test_the_most_important_cells_come_first_and_token_counts_share_an_engine(tm
     named = [(cells[0].name, cells[0].model_size) for cells in wanted]
     assert named[:4] == [(name, size) for name in (STREAMED, "resident") for size in ("3B", "1B")]
     assert {name for name, _ in named} == {
-        STREAMED, LEAN, "resident", "zero3 bank loose bf16", "zero3 bank loose fp32", "streamed bf16 step routing"
+        STREAMED, "resident", "zero3 bank loose bf16", "zero3 bank loose fp32", "streamed bf16 step routing"
     }  # fmt: skip
     for cells in wanted:
         assert [(cell.batch_size, cell.gradient_checkpointing) for cell in cells] == [
@@ -123,7 +122,10 @@ def test_goals():
         "GB of GPU memory": (5.5, False),
     }
     assert judged([{**streamed(0.5), "error": "out of memory"}, *small[2:], BUS]) == {}
-    assert judged([row("streamed int8", "streamed", 0.1, up_gb=1.0, down_gb=1.0), *small[2:], BUS]) == {}
+    assert (
+        judged([row("streamed bf16 step routing", "streamed", 0.1, up_gb=1.0, down_gb=1.0), *small[2:], BUS])
+        == {}
+    )
 
 
 @pytest.mark.slow
@@ -136,15 +138,15 @@ def test_command_goes_on_where_it_was_ended(tmp_path, monkeypatch, forked_cells)
         main()
         return json.loads((tmp_path / "offload.json").read_text())["rows"]
 
-    first = rows_with("--tokens", "16", "--only", "streamed int8")
-    assert [row["name"] for row in first] == ["bus", "streamed int8"] and "error" not in first[1]
-    rows = rows_with("--tokens", "16", "32", "--only", "int8", "zero3 page 8 tight bf16", "--keep")
+    first = rows_with("--tokens", "16", "--only", "step routing")
+    assert [row["name"] for row in first] == ["bus", "streamed bf16 step routing"] and "error" not in first[1]
+    rows = rows_with("--tokens", "16", "32", "--only", "step routing", "zero3 page 8 tight bf16", "--keep")
     assert [(row["name"], row.get("tokens"), row.get("checkpointing")) for row in rows] == [
         ("bus", None, None),
-        ("streamed int8", 16, ""),
+        ("streamed bf16 step routing", 16, ""),
         ("zero3 page 8 tight bf16", 16, ""),
         ("zero3 page 8 tight bf16", 32, "yes"),
-        ("streamed int8", 32, "yes"),
+        ("streamed bf16 step routing", 32, "yes"),
     ]
     assert {**rows[1], **first[1]} == rows[1]  # not measured again
     assert "over_zero3" in rows[1] and "over_zero3" in rows[4] and "of_resident" not in rows[1]

@@ -228,14 +228,15 @@ def test_compiles_for(capability, tmp_path):
     places, oldest = {"places": "*i64"}, capability == min(SHARED)
     cases = (8192, 16, "*fp32"), (512, 2, "*fp16"), (2048, 8, "*bf16")
     for width, active, dtype in cases if oldest else cases[:1]:
-        launch, shape = permute.layout(width)
-        sizes = {**shape, "K": active, "REAL": tl.float32, **places}
+        sizes = {"K": active, "REAL": tl.float32, **places}
         plain = dict.fromkeys(("rows", "weights", "grad_weights"))
         weighted = {"rows": dtype, "weights": "*fp32", "grad_weights": "*fp32"}
         for types in (weighted, plain) if oldest else (weighted,):
             types = {**sizes, "x": dtype, "out": dtype, **types}
-            assert_fits(permute.spread_kernel, types, launch, capability, tmp_path, 64)
-            types["rows"] = dtype
+            launch, shape = permute.layout(width, permute.SPREAD)
+            assert_fits(permute.spread_kernel, types | shape, launch, capability, tmp_path, 64)
+            launch, shape = permute.layout(width, permute.GATHER)
+            types |= {**shape, "rows": dtype}
             assert_fits(permute.gather_kernel, types, launch, capability, tmp_path, 128)
 
 

@@ -414,18 +414,3 @@ def test_a_microbatch_with_a_loss_of_nan_leaves_no_trace(results, name):
     assert found["applied"] == [True, True, "step left out" not in reference, True]
     assert losses == pytest.approx(expected["losses"], rel=LOSS_TOLERANCE)
     assert_close(found["weights"], expected["weights"], WEIGHT_TOLERANCE)
-
-
-@pytest.mark.timeout(1500)  # the asynchronous reader and writer compile for minutes, once
-def test_offload_to_nvme(one_rank, tmp_path):
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible(verbose=False):
-        pytest.skip("offload to NVMe needs libaio")
-    compile_operations("AsyncIOBuilder")
-    expected = one_rank[SHORT_REFERENCE]
-    layout = {**PAGED, "offload": str(tmp_path), "page_size": 2, "steps": SHORT[SHORT_REFERENCE]["steps"]}
-    (found,) = run_worker([layout], 1, tmp_path)
-    assert_close(found["gradients"], expected["gradients"], GRADIENT_TOLERANCE)
-    assert found["losses"] == pytest.approx(expected["losses"], rel=LOSS_TOLERANCE)
-    assert_close(found["weights"], expected["weights"], WEIGHT_TOLERANCE)
