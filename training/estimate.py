@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from model.config import PragnosiaConfig
 
 LOSS_CHUNK = 1024  # that of model/head.py
+WORKSPACE = 33.6e6  # bytes that PyTorch allocates for cuBLAS on Hopper; 8.5 MB on older GPUs
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def estimate(
     # The residual stream and its norms; queries, keys and values as projected, normed and turned, and the output.
     layer = tokens * weight * (4 * width + 4 * heads + routed)
     kept = tokens * weight * 2 * width if checkpointing else layer
-    activations = kept * config.num_hidden_layers + (layer if checkpointing else 0)
+    activations = WORKSPACE + kept * config.num_hidden_layers + (layer if checkpointing else 0)
     if config.memory:
         kept_layers = 1 if checkpointing else len(config.memory_layers())
         activations += tokens * memory_bytes(config, weight) * kept_layers
