@@ -38,7 +38,7 @@ from model.presets import PRESETS
 from training import deepspeed_config
 
 ROW = 512  # tokens in a row of the batch
-STREAMED, INT8, LEAN = "streamed bf16", "streamed int8", "streamed int8 lean"
+STREAMED, INT8, LEAN = "streamed bf16", "streamed int8", "streamed lean int8"
 OVER_ZERO3 = {2048: 3.5, 32768: 3.0}  # tokens a step -> times as fast as the best zero3 cell
 OF_BUS, OF_RESIDENT, GPU_GB = 0.85, 0.7, 5.0
 WINDOWS = (

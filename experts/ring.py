@@ -23,7 +23,7 @@ class Slot:
 
     `weight_RP` are whole rows: this rank's part of them, or all ranks' parts gathered. `parts` are slots for light
     pages in the same memory, which forward, in need of no state, fills with several pages at once; `whole` is the
-    slot that a part belongs to. `free` and `uploaded` are events, as many as have to be waited for.
+    slot that a part belongs to. An upload ends with the event `uploaded`; the next one waits for all of `free`.
     """
 
     def __init__(self, buffers: dict[str, Tensor], weight_RP: Tensor, whole: Slot | None = None):
@@ -99,9 +99,11 @@ class SlotRing:
     def take(self, page: Page) -> Slot:
         """The slot that holds the page; computation waits for its upload."""
         self._advance()
-        if not self.travelling:
-            self._upload(self._room(page))  # not ready, but needed now
-        assert self.travelling and self.travelling[0][0] == page, "pages are taken in the announced order"
+        assert self.is_next(page), "pages are taken in the announced order"
+        if not self.travelling:  # not ready, but needed now
+            slot = self._room(page)
+            assert slot is not None, "fewer pages are held than there are slots"
+            self._upload(slot)
         _, slot = self.travelling.popleft()
         if self.on_gpu:
             torch.cuda.current_stream(self.device).wait_event(slot.uploaded)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.reference import Routing
 
-SPREAD, GATHER = 16, 8  # values of a thread
+SPREAD, GATHER = 16, 8  # values of a thread, at least
 
 
 def permute(hidden_TD: Tensor, routing: Routing) -> Tensor:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from model.config import PragnosiaConfig
 
 LOSS_CHUNK = 1024  # that of model/head.py
-WORKSPACE = 33.6e6  # bytes that PyTorch allocates for cuBLAS on Hopper; 8.5 MB on older GPUs
+WORKSPACE = 33.6e6  # bytes that PyTorch allocates for cuBLAS on Hopper, and at most elsewhere
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def estimate(
     # The residual stream and its norms; queries, keys and values as projected, normed and turned, and the output.
     layer = tokens * weight * (4 * width + 4 * heads + routed)
     kept = tokens * weight * 2 * width if checkpointing else layer
-    activations = WORKSPACE + kept * config.num_hidden_layers + (layer if checkpointing else 0)
+    activations = kept * config.num_hidden_layers + (layer if checkpointing else 0)
     if config.memory:
         kept_layers = 1 if checkpointing else len(config.memory_layers())
         activations += tokens * memory_bytes(config, weight) * kept_layers
@@ -104,7 +104,7 @@ def estimate(
         page = page_size * config.expert_params() if placement == "zero3" else 0
         working = weight * (min(live, local) + page + min(zero.get("reduce_bucket_size", 5e8), local))
     if placement == "zero3":
-        return MemoryEstimate(activations + working, weights + gradients + states)
+        return MemoryEstimate(WORKSPACE + activations + working, weights + gradients + states)
     stream_device, stream_host = (stream.device, stream.host) if stream else (0.0, 0.0)
     if stream is not None:
         # Rows of a layer on their way through its experts, and what a page holds inside of them.
@@ -116,7 +116,8 @@ def estimate(
         host = 1.5e9 + stream_host + states + gradients
         in_host = stream is not None and stage == 3  # then the weights too
         working += 0 if in_host else weights + 2 * weight * zero.get("reduce_bucket_size", 5e8)
-        return MemoryEstimate(working + activations + stream_device, host + in_host * weights)
+        return MemoryEstimate(WORKSPACE + working + activations + stream_device, host + in_host * weights)
     working = working if stream is None else 0.0
     peak = max(activations, peak) + working
-    return MemoryEstimate(weights + gradients + states + peak + stream_device, 1.5e9 + stream_host)
+    device = WORKSPACE + weights + gradients + states + peak + stream_device
+    return MemoryEstimate(device, 1.5e9 + stream_host)

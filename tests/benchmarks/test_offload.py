@@ -7,6 +7,8 @@ import pytest
 
 from benchmarks import offload
 from benchmarks.offload import (
+    INT8,
+    LEAN,
     STREAMED,
     WINDOWS,
     compared,

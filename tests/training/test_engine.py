@@ -1,12 +1,19 @@
 """What happens before an engine stands."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from training import engine
-from training.engine import device_with_room, limit_gpu_memory, offload_in_parts, say_what_is_compiled
+from training.engine import (
+    device_with_room,
+    limit_gpu_memory,
+    offload_in_parts,
+    say_what_is_compiled,
+    take_norms_at_once,
+)
 
 
 def test_a_lock_on_an_op_is_said(tmp_path, monkeypatch, capsys):
@@ -68,6 +75,32 @@ def test_zero3_takes_norms_in_parts(monkeypatch):
     found = optimizer._constant_buffered_norm2(gradient)
     torch.testing.assert_close(found, gradient.double().norm())
     assert seen == [8]
+
+
+def test_norms_at_once_are_deepspeeds_own(monkeypatch):
+    """On one rank, whose reduction changes nothing: of several gradients, of padding, of none, and of a NaN."""
+    module = sys.modules[engine.DeepSpeedZeroOptimizer.__module__]
+    monkeypatch.setattr(module.dist, "all_reduce", lambda *_, **__: None)
+    optimizer = object.__new__(engine.DeepSpeedZeroOptimizer)
+    optimizer.dp_process_group, optimizer.model_parallel_group = None, None
+    optimizer.model_parallel_rank, optimizer.device = 0, "cpu"
+    own = optimizer.get_grad_norm_direct
+    take_norms_at_once(optimizer)
+    gradients = [torch.randn(5, 9).bfloat16(), 1e4 * torch.randn(3).bfloat16(), torch.randn(1).bfloat16()]
+    parameters = [torch.nn.Parameter(gradient.float()) for gradient in gradients]
+    padding = torch.zeros(4, dtype=torch.bfloat16)
+    padding._zero_padding = True
+    failed = [*gradients, torch.tensor([float("nan")]).bfloat16()]
+    for found, owners in (
+        (gradients, parameters),
+        ([*gradients, padding], parameters),
+        ([padding], []),
+        ([], []),
+        (failed, [*parameters, parameters[0]]),
+    ):
+        norm = optimizer.get_grad_norm_direct(iter(found), owners)
+        torch.testing.assert_close(norm, own(found, owners), rtol=1e-6, atol=0)
+    assert norm == -1  # not finite, as DeepSpeed says it
 
 
 def test_memory_that_a_run_may_use(monkeypatch):

@@ -125,10 +125,18 @@ def compared() -> Iterator[tuple[str, str]]:
         args = TrainingArguments(per_device_train_batch_size=row["batch_size"])
         seconds = scale.compute_time(preset_config(row["model_size"]), args, Cluster(GPUS["h200"], 1), 512)
         yield milliseconds(seconds), milliseconds(row["step_s"])
-    config, args = preset_config("3B"), TrainingArguments(placement="streamed")
-    cluster = Cluster(GPUS["h200"], 2)
-    found = scale.forecast(config, args, scale.combinations(config, args, cluster, "3B")[0], cluster, 512)
-    yield f"{found.tokens_per_second:,.0f} tokens/s", "4,300 to 5,900 tokens/s"
+
+    def streamed(size: str, gpus: int, rows: int) -> str:
+        config = preset_config(size)
+        args = TrainingArguments(placement="streamed", per_device_train_batch_size=rows)
+        cluster = Cluster(GPUS["h200"], gpus)
+        chosen = scale.combinations(config, args, cluster, size)[0]
+        return f"{scale.forecast(config, args, chosen, cluster, 512).tokens_per_second:,.0f} tokens/s"
+
+    yield streamed("3B", 2, 4), "4,300 to 5,900 tokens/s"
+    for row in json.loads((ROOT / "benchmarks/results/scale_out_streamed.json").read_text())["rows"]:
+        found = streamed(row["model_size"], row["num_gpus"], row["batch_size"])
+        yield found, f"{row['tokens_per_s']:,.0f} tokens/s"
 
 
 def test_what_was_measured():

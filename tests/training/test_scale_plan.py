@@ -159,7 +159,7 @@ def test_streamed_experts_by_hand(microbatches, state, up, down):
     config = preset_config("3B")
     values = 24 * 32 * 3 * 1024 * 1216
     args = TrainingArguments(gradient_accumulation_steps=microbatches)
-    streamed = scale.Combination("streamed", {"stage": 2}, "streamed.json")
+    streamed = scale.Combination("streamed", {"stage": 1}, "streamed.json")
     for gpus in (1, 8):
         found = scale.traffic_of(config, args, streamed, Cluster(GPUS["h200"], gpus), 2048, state)
         assert (found.up, found.down) == pytest.approx((up * values / gpus, down * values / gpus))
@@ -200,12 +200,12 @@ def test_what_is_compared():
             c.stage for c in found
         ]
 
-    assert sizes(64) == ([1, 2, 4, 8, 16, 32], [0, 1, 2, 3] * 6 + [2, 2, 3])
-    assert sizes(24) == ([1, 2, 4, 8, 24], [0, 1, 2, 3] * 5 + [2, 2, 3])  # 3, 6 and 12 lie across machines
+    assert sizes(64) == ([1, 2, 4, 8, 16, 32], [0, 1, 2, 3] * 6 + [1, 2, 3])
+    assert sizes(24) == ([1, 2, 4, 8, 24], [0, 1, 2, 3] * 5 + [1, 2, 3])  # 3, 6 and 12 lie across machines
     assert sizes(24, expert_parallel_size=12) == ([12], [0, 1, 2, 3])
     assert sizes(6, placement="resident") == ([1, 2, 3, 6], [0, 1, 2, 3] * 4)
-    assert sizes(8, placement="streamed") == ([], [2, 2, 3])
-    assert sizes(1) == ([1], [2, 2, 2, 3])
+    assert sizes(8, placement="streamed") == ([], [1, 2, 3])
+    assert sizes(1) == ([1], [2, 1, 2, 3])
 
 
 @pytest.mark.parametrize(
