@@ -124,10 +124,9 @@ def test_goals():
         "GB of GPU memory": (5.5, False),
     }
     assert judged([{**streamed(0.5), "error": "out of memory"}, *small[2:], BUS]) == {}
-    assert (
-        judged([row("streamed bf16 step routing", "streamed", 0.1, up_gb=1.0, down_gb=1.0), *small[2:], BUS])
-        == {}
-    )
+    arms = [INT8, LEAN, "streamed bf16 step routing"]
+    named = [goal["name"] for goal in goals([BUS, *small[2:], *({**small[1], "name": arm} for arm in arms)])]
+    assert [name.split(", ")[1] for name in named] == [INT8, INT8, LEAN, LEAN]
 
 
 @pytest.mark.slow
