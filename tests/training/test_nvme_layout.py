@@ -1,4 +1,4 @@
-"""Offload of pages and optimizer to a disk trains as one plain rank does. A file of its own: it comes last."""
+"""Offload of pages and optimizer to a disk trains as one plain rank does. A file of its own: it comes first."""
 
 import pytest
 
