@@ -146,7 +146,8 @@ def test_bf16_stays_near_resident_fp32(state, device):
     streamed = Streamed(device, torch.bfloat16, state=state, stochastic=True)
     found = train(streamed, device=device, dtype=torch.bfloat16)
     expected = train(Resident(device), device=device)
-    assert_same(found[:3], expected[:3], 4e-2)  # 0.6% to 2.3%, by the batch: few large values make the norms
+    # Few large values make the norms: 0.6% to 2.3%, by the batch and by what is rounded.
+    assert_same(found[:3], expected[:3], 4e-2 if device == "cuda" else 2e-2)
     assert_same(found[3:], expected[3:], 2e-1)
 
 
