@@ -1,26 +1,30 @@
 """What the reasoning components are worth: tasks that tell them apart, and a model on real data with each of them.
 
-    python benchmarks/components.py --tasks                        # the three tasks, one seed: an hour on a core
-    python benchmarks/components.py --tasks recall --seeds 0 1 2
-    python benchmarks/components.py --data all,my.jsonl --model-size 350M --steps 4000
+    python benchmarks/components.py --tasks --device cuda --seeds 0 1 2   # the three tasks
+    python benchmarks/components.py --tasks recall                        # one, on a core
+    python benchmarks/components.py --data embedded,my.jsonl --answers my.jsonl word_problems --seeds 0 1 2
 
 `--tasks` runs `benchmarks/recall.py` (neural memory), `benchmarks/far_lookup.py` (cache augmentation) and
 `benchmarks/countdown.py` (tree of thoughts); each has a result of its own, and says what it compares.
 
 `--data` trains and evaluates the real thing through `train_ds.py` and `eval_ds.py`: the base model; the same with
 a memory and with a value head, from the same seed on the same rows in the same order; and, on the finished base,
-a coprocessor with the base frozen, jointly, and the base trained as much longer. A row has validation perplexity
-by family, exact match, tokens/s and GPU memory; for the value head also accuracy and tokens of each search. The
-result is `components.json`.
+the base trained as much longer and, with as many latents each, pause tokens, soft tokens that the model itself
+runs, and coprocessors, with the base frozen or trained too. A row has the perplexity of each family's validation
+split; for latents the perplexity of the tokens after them, with and without them; right answers in the validation
+split of each dataset of `--answers`; for the value head right answers and tokens of each search. Speed and memory
+are there where no other arm ran at the same time. The result is `components.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,15 +32,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.results import DIRECTORY, REPOSITORY, report
 
 TASKS = ("recall", "far_lookup", "countdown")
-CACHE = ("--use-cache-augmentation", "--stage", "cache")
+CACHE = ("--use-cache-augmentation", "--stage", "cache", "--coprocessor")
 ARMS = {  # name -> (flags, share of the base's steps; None: from the start)
     "base": ((), None),
     "memory": (("--use-neural-memory",), None),
     "memory, window 128": (("--use-neural-memory", "--memory-window", "128"), None),
     "value head": (("--use-tree-of-thoughts",), None),
     "base, longer": ((), 0.25),
-    "cache": (CACHE, 0.25),
-    "cache, joint": ((*CACHE, "--cache-joint"), 0.25),
+    "pause tokens": ((*CACHE, "pause"), 0.25),
+    "soft tokens, model trained": ((*CACHE, "soft", "--cache-joint"), 0.25),
+    "light": ((*CACHE, "light"), 0.25),
+    "light, model trained": ((*CACHE, "light", "--cache-joint"), 0.25),
+    "lora": ((*CACHE, "lora"), 0.25),
+    "copy": ((*CACHE, "copy"), 0.25),
 }
 
 
@@ -50,7 +58,11 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--seeds", nargs="+", type=int, default=[0])
     options.add_argument("--model-size", default="350M")
     options.add_argument("--steps", type=int, default=4000, help="of the base model")
-    options.add_argument("--max-samples", type=int, default=200, help="answers of a family to check")
+    options.add_argument("--batch-size", type=int, default=32, help="rows of 512 tokens a step")
+    options.add_argument("--value-refresh", type=int, default=500, help="of the value head; 0: never")
+    options.add_argument("--answers", nargs="+", help="datasets whose answers are checked (default: --data)")
+    options.add_argument("--max-samples", type=int, default=200, help="answers of a dataset to check")
+    options.add_argument("--side-by-side", type=int, default=1, help="arms trained at a time, on one GPU")
     options.add_argument("--device", choices=("cpu", "cuda"), default=None)
     options.add_argument("--short", action="store_true", help="the tasks as the tests run them")
     options.add_argument("--output", type=Path, default=DIRECTORY, help="default: benchmarks/results")
@@ -60,81 +72,105 @@ def parser() -> argparse.ArgumentParser:
 
 def script(name: str, *words: object) -> None:
     """Run one of our scripts; what it says is seen."""
-    subprocess.run([sys.executable, str(REPOSITORY / name), *map(str, words)], check=True)
+    if subprocess.run([sys.executable, str(REPOSITORY / name), *map(str, words)]).returncode:
+        raise SystemExit(f"{name} failed, see above")
 
 
 def run_tasks(args: argparse.Namespace) -> None:
     short = ["--short"] if args.short else []
     for task in args.tasks or TASKS:
-        script(f"benchmarks/{task}.py", "--seeds", *args.seeds, "--output", args.output, *short)
+        device = ["--device", args.device] if args.device else []
+        script(f"benchmarks/{task}.py", "--seeds", *args.seeds, "--output", args.output, *short, *device)
 
 
 def train(args: argparse.Namespace, arm: str, seed: int, base: Path | None) -> Path:
     """The run of an arm."""
     flags, share = ARMS[arm]
+    if arm == "value head" and args.value_refresh:
+        flags = (*flags, "--value-refresh", args.value_refresh)
     output = args.runs / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
     steps = args.steps if share is None else max(1, int(share * args.steps))
-    start = ("--init-from", base) if share is not None else ("--model-size", args.model_size)
+    start = ("--model-size", args.model_size) if share is None else ("--init-from", base)
     device = ("--device", args.device) if args.device else ()
     script(
-        "train_ds.py", "--dataset", args.data, "--seed", seed, "--max-steps", steps, "--output-dir", output,
-        "--save-strategy", "no", "--warmup-steps", min(100, steps // 10), "--learning-rate", "5e-4",
-        "--local-learning-rate", "5e-4", "--logging-steps", max(1, steps // 20), "--eval-steps", steps,
+        "train_ds.py", "--dataset", args.data, "--seed", seed, "--max-steps", steps, "--epochs", 1000,
+        "--output-dir", output, "--save-strategy", "no", "--warmup-steps", min(100, steps // 10),
+        "--batch-size", args.batch_size, "--learning-rate", "5e-4", "--local-learning-rate", "5e-4",
+        "--logging-steps", max(1, steps // 20), "--eval-steps", steps, "--report-to", "none",
         *start, *device, *flags,
     )  # fmt: skip
     return max(output.glob("pragnosia_*"))
 
 
-def evaluate(args: argparse.Namespace, run: Path, *flags: str) -> dict:
+def evaluate(args: argparse.Namespace, run: Path, dataset: str, *flags: str) -> dict:
     """What eval_ds.py found."""
     file = run / "evaluation.json"
     device = ("--device", args.device) if args.device else ()
     script(
-        "eval_ds.py", "--checkpoint", run, "--dataset", args.data, "--max-samples", args.max_samples,
+        "eval_ds.py", "--checkpoint", run, "--dataset", dataset, "--max-samples", args.max_samples,
         "--output-file", file, *device, *flags,
     )  # fmt: skip
     return json.loads(file.read_text())
 
 
-def speed(run: Path) -> dict:
-    """Median tokens/s and the largest GPU memory that a run has logged."""
+def logged(run: Path, *, alone: bool) -> dict:
+    """Perplexities of the last validation (for latents, of the tokens after them, with them and without); where
+    nothing ran beside it, median tokens/s and largest GPU memory.
+    """
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    speeds = sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
-    peaks = [row["memory/gpu_peak_gb"] for row in rows if "memory/gpu_peak_gb" in row]
-    return {"tokens_per_s": speeds[len(speeds) // 2]} | ({"gpu_peak_gb": max(peaks)} if peaks else {})
+    last = next(row for row in reversed(rows) if "validation/overall/loss" in row)
+    found, has_latents = {}, "validation/overall/base_loss" in last
+    names = (
+        {"loss": "after_latents", "base_loss": "without_latents"} if has_latents else {"loss": "perplexity"}
+    )
+    for name, value in last.items():
+        _, family, metric = name.split("/") if name.count("/") == 2 else ("", "", "")
+        if metric in names:
+            found[f"{family}_{names[metric]}"] = math.exp(value)
+        elif "loss_at_" in metric and family == "overall":
+            found[metric.replace("loss", "perplexity")] = math.exp(value)
+    if alone:
+        speeds = sorted(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
+        found["tokens_per_s"] = speeds[len(speeds) // 2]
+        peaks = [row["memory/gpu_peak_gb"] for row in rows if "memory/gpu_peak_gb" in row]
+        found |= {"gpu_peak_gb": max(peaks)} if peaks else {}
+    return found
 
 
-def rows_of(arm: str, seed: int, run: Path, found: dict) -> list[dict]:
-    """The arm's row, and one for each search of its value head."""
-    row = {"arm": arm, "seed": seed, **speed(run)}
-    for family, scores in found["results"].items():
-        row[f"{family}_perplexity"] = scores["perplexity"]
-        if "exact_match" in scores:
-            row[f"{family}_exact_match"] = scores["exact_match"]
-    searches = [
-        {
-            "arm": f"{arm}, {search['search']}",
-            "seed": seed,
-            **{k: v for k, v in search.items() if k != "search"},
-        }
-        for search in found["searches"]
-    ]
-    return [row, *searches]
+def measure(args: argparse.Namespace, arm: str, seed: int, base: Path | None) -> tuple[Path, list[dict]]:
+    """Train and evaluate an arm: its run, its row and one for each search of its value head."""
+    run = train(args, arm, seed, base)
+    row = {"arm": arm, "seed": seed, "steps": args.steps, **logged(run, alone=args.side_by_side == 1)}
+    searches = []
+    tree = ("--tree",) if arm == "value head" else ()
+    for dataset in args.answers or [args.data]:
+        found, name = evaluate(args, run, dataset, *tree), Path(dataset).stem
+        for family, scores in found["results"].items():
+            if "exact_match" in scores and family != "overall":
+                row[f"{name}_exact_match"] = scores["exact_match"]
+        for search in found["searches"]:
+            searches.append(
+                {"arm": f"{arm}, {search.pop('search')}", "seed": seed, "dataset": name, **search}
+            )
+    return run, [row, *searches]
 
 
-def run_data(args: argparse.Namespace) -> list[dict]:
-    rows = []
-    for seed in args.seeds:
-        base = None
-        for arm in args.arms:
-            if ARMS[arm][1] is not None and base is None:
-                raise SystemExit(f"--arms {arm!r} starts from the base: name base before it")
-            run = train(args, arm, seed, base)
-            base = run if arm == "base" else base
-            tree = ("--tree",) if "--use-tree-of-thoughts" in ARMS[arm][0] else ()
-            rows += rows_of(arm, seed, run, evaluate(args, run, *tree))
-            report(args.output / "components.json", rows, [], args.device)
-    return rows
+def run_data(args: argparse.Namespace) -> None:
+    """All arms of all seeds; those that start from a base, when it is there."""
+    rows: list[dict] = []
+    if "base" not in args.arms and any(ARMS[arm][1] for arm in args.arms):
+        raise SystemExit("arms after the value head start from the base: add base to --arms")
+    with ThreadPoolExecutor(args.side_by_side) as pool:
+        for seed in args.seeds:
+            first = {
+                arm: pool.submit(measure, args, arm, seed, None) for arm in args.arms if not ARMS[arm][1]
+            }
+            later = [arm for arm in args.arms if arm not in first]
+            base = first["base"].result()[0] if later else None
+            asked = [pool.submit(measure, args, arm, seed, base) for arm in later]
+            for done in as_completed([*first.values(), *asked]):
+                rows += done.result()[1]
+                report(args.output / "components.json", rows, [], args.device)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,7 +10,7 @@ as many steps and as many latents:
 
     base     the model as it is
     pause    learnt tokens in the place of latents, which read nothing beyond the window; the model frozen
-    soft     learnt tokens that the same model runs over its whole cache; the model is trained with them
+    soft     learnt tokens that the model itself runs over its whole cache; the model is trained with them
     light    the light coprocessor; the model frozen
     lora     a low-rank update of the model as coprocessor; the model frozen
     copy     a copy of the model as coprocessor; the model frozen
@@ -36,21 +36,13 @@ import torch
 
 from benchmarks.results import DIRECTORY, goal, report
 from model import PragnosiaConfig, PragnosiaForCausalLM
-from model.cache_augmentation import Coprocessor
 from model.components import CacheConfig
 from training.cache_stage import with_traces
 from training.schedule import learning_rate_factor
 from training.weights import fill, initial_weights, model_weights
 
 WINDOW, LAYERS = 8, 2
-READERS = {
-    "pause": "light",
-    "soft": "lora",
-    "light": "light",
-    "lora": "lora",
-    "copy": "copy",
-    "joint": "light",
-}
+ARMS = ("pause", "soft", "light", "lora", "copy", "joint")
 TRAINS_MODEL = ("soft", "joint")
 GATES = {"far": 0.95, "near": 0.98}
 RATE, ROWS, PROMPTS = 2e-3, 32, 512
@@ -101,15 +93,9 @@ class Task:
         return ids[:, :-1], ids[:, -1]
 
 
-class PauseTokens(Coprocessor):
-    """Latents that know nothing of the cache."""
-
-    def forward(self, model, cache, places, position_BS):
-        batch, num_places, _ = places.reads_BNS.shape
-        return self.queries.weight.expand(batch, num_places, -1, -1)
-
-
-def build(task: Task, cache: CacheConfig | None, source, arm: str = "base") -> PragnosiaForCausalLM:
+def build(
+    task: Task, cache: CacheConfig | None, source, device: str, arm: str = "base"
+) -> PragnosiaForCausalLM:
     """A windowed model with weights from `source`, and the coprocessor of an arm."""
     config = PragnosiaConfig(
         vocab_size=2 * task.symbols, hidden_size=64, num_hidden_layers=LAYERS, num_attention_heads=4,
@@ -118,16 +104,12 @@ def build(task: Task, cache: CacheConfig | None, source, arm: str = "base") -> P
         cache=cache and asdict(cache),
     )  # fmt: skip
     model = PragnosiaForCausalLM(config)
-    if arm == "pause":
-        model.cache = PauseTokens(config)
     for layer in model.model.layers:
         layer.self_attn.window = WINDOW
     fill(model, source)
     for name, parameter in model.named_parameters():
-        is_own = name.startswith("cache.queries" if arm == "pause" else "cache.")
-        is_own &= not (arm == "soft" and ".lora." in name)
-        parameter.requires_grad_(arm == "base" or is_own or (arm in TRAINS_MODEL and name[:6] != "cache."))
-    return model
+        parameter.requires_grad_(arm in ("base", *TRAINS_MODEL) or name.startswith("cache."))
+    return model.to(device)
 
 
 def train(model: PragnosiaForCausalLM, task: Task, steps: int, seed: int) -> float:
@@ -142,7 +124,7 @@ def train(model: PragnosiaForCausalLM, task: Task, steps: int, seed: int) -> flo
         batch = task.batch(generator)
         if model.cache is not None:
             batch = with_traces(batch, model.cache.settings, step)
-        model(**batch).loss.backward()
+        model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -153,9 +135,9 @@ def train(model: PragnosiaForCausalLM, task: Task, steps: int, seed: int) -> flo
 def next_logits(model: PragnosiaForCausalLM, ids_BS: torch.Tensor) -> torch.Tensor:
     """Logits [B, V] of what comes after each prompt, with latents where the model has them."""
     model.eval()
-    parts = ids_BS.split(128)
+    parts = ids_BS.to(model.device).split(128)
     return torch.cat(
-        [model(part, augment=model.cache is not None, logits_to_keep=1).logits[:, -1] for part in parts]
+        [model(part, augment=model.cache is not None, logits_to_keep=1).logits[:, -1].cpu() for part in parts]
     )
 
 
@@ -178,11 +160,11 @@ def is_base_without_latents(model: PragnosiaForCausalLM, base: PragnosiaForCausa
     return torch.equal(next_logits(off, ids[:128]), next_logits(base, ids[:128]))
 
 
-def run(task: Task, arms: list[str], latents: int, seed: int) -> list[dict]:
+def run(task: Task, arms: list[str], latents: int, seed: int, device: str) -> list[dict]:
     """One row an arm."""
     torch.manual_seed(seed)
     fresh = initial_weights(seed, 0.05)
-    base = build(task, None, fresh)
+    base = build(task, None, fresh, device)
     seconds = train(base, task, task.base_steps, seed)
     base.requires_grad_(False)  # products of matrices may round otherwise where a weight requires a gradient
     shared = {"seed": seed, "latents": latents}
@@ -192,9 +174,9 @@ def run(task: Task, arms: list[str], latents: int, seed: int) -> list[dict]:
     for arm in arms:
         cache = CacheConfig(
             64, num_heads=4, dropout=0.0, num_latents=latents, num_ahead_tokens=4, num_traces=8,
-            coprocessor=READERS[arm],
+            coprocessor="light" if arm == "joint" else arm,
         )  # fmt: skip
-        model = build(task, cache, model_weights(base, fresh), arm)
+        model = build(task, cache, model_weights(base, fresh), device, arm)
         seconds = train(model, task, task.steps, seed + 1)
         row = {"arm": arm, **shared, "steps": task.steps, **accuracies(model, task)}
         row["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -232,9 +214,10 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("--seeds", nargs="+", type=int, default=[0])
-    options.add_argument("--arms", nargs="+", choices=READERS, default=["pause", "soft", "light", "joint"])
+    options.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     options.add_argument("--latents", type=int, default=4)
     options.add_argument("--steps", type=int, default=None, help=f"of each arm (default: {Task.steps})")
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options.add_argument("--short", action="store_true", help="4 keys and values, light coprocessor alone")
     options.add_argument("--output", type=Path, default=DIRECTORY, help="default: benchmarks/results")
     return options
@@ -248,8 +231,8 @@ def main() -> None:
     task = SHORT if args.short else Task(steps=args.steps or Task.steps)
     arms = ["light"] if args.short else args.arms
     torch.set_num_threads(1)
-    rows = [row for seed in args.seeds for row in run(task, arms, args.latents, seed)]
-    report(args.output / f"far_lookup{'_short' * args.short}.json", rows, goals(rows), "cpu")
+    rows = [row for seed in args.seeds for row in run(task, arms, args.latents, seed, args.device)]
+    report(args.output / f"far_lookup{'_short' * args.short}.json", rows, goals(rows), args.device)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ the model then reads like tokens at position p. The token x_p is computed once m
 view, and generation goes on from there. log(retrieval_factor) is added to the logits of attention to a latent; at
 0 there is no latent, and the model is its base.
 
-There are three. `light`: learnt queries, which start from the last entry, cross-attend to the entries of all
+There are three kinds. `light`: learnt queries, which start from the last entry, cross-attend to the entries of all
 layers. `copy`: a copy of the model runs the learnt queries, reading the model's own cache. `lora`: the model
-itself does, with a low-rank update. They learn from the tokens after random places p of a row (traces): all traces
+itself does, with a low-rank update. Two more are there to compare with: `soft`, the model as it is with learnt
+queries, and `pause`, latents that are learnt and read nothing. They learn from the tokens after random places p of a row (traces): all traces
 of a row, each with its latents and its ahead tokens, are one forward pass under a block mask.
 
 Here N counts the traces of a row, M the latents of one, A its ahead tokens, and Q what is computed for it.
@@ -158,11 +159,13 @@ class Coprocessor(nn.Module):
         super().__init__()
         self.settings = CacheConfig(**config.cache)
         self.queries = nn.Embedding(self.settings.num_latents, config.hidden_size)
+        if self.settings.coprocessor == "pause":
+            return
         if self.settings.coprocessor == "light":
             self.light = LightReader(config, self.settings)
         elif self.settings.coprocessor == "lora":
             self.lora = LowRankUpdate(config)
-        else:
+        elif self.settings.coprocessor == "copy":
             self.copy = twin
             del self.copy.embed_tokens
         self.latent_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -171,10 +174,12 @@ class Coprocessor(nn.Module):
     def forward(self, model: nn.Module, cache, places: Places, position_BS: Tensor) -> Tensor:
         """The latents of each place, [B, N, M, D].
 
-        model: the `PragnosiaModel` whose cache it is; only `lora` runs it. position_BS: rotary positions of the
+        model: the `PragnosiaModel` whose cache it is; `lora` and `soft` run it. position_BS: rotary positions of the
         cache's entries.
         """
         queries_MD = self.queries(torch.arange(self.settings.num_latents, device=position_BS.device))
+        if self.settings.coprocessor == "pause":
+            return queries_MD.expand(*places.last_BN.shape, -1, -1)
         if self.settings.coprocessor == "light":
             hidden_BNMD = self.light(queries_MD, cache, places, position_BS)
         else:
@@ -186,7 +191,7 @@ class Coprocessor(nn.Module):
         (batch, num_places, _), num_latents = places.reads_BNS.shape, len(queries_MD)
         position_BN = places.position_BN.repeat_interleave(num_latents, 1)
         adapters = self.lora if self.settings.coprocessor == "lora" else None
-        hidden_BQD, _ = (self.copy if adapters is None else model)(
+        hidden_BQD, _ = (self.copy if self.settings.coprocessor == "copy" else model)(
             None,
             block_mask(places.reads_BNS[:, :, None].expand(-1, -1, num_latents, -1)),
             position_BN,

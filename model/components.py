@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 PATH_SCORES = ("product", "min", "last")
 LORA_RANK = 16
-COPROCESSORS = ("light", "copy", "lora")
+COPROCESSORS = ("light", "copy", "lora", "soft", "pause")
 SEARCHES = ("bfs", "dfs", "best_of_n")
 
 
@@ -76,8 +76,9 @@ class CacheConfig:
     """A coprocessor that reads the key-value cache and appends latents to it (`model/cache_augmentation.py`).
 
     coprocessor: light (cross-attention over the cache; num_heads heads, coprocessor_layers layers), copy (the
-    model itself with weights of its own) or lora (the model with a low-rank update). max_cache_length: newest
-    entries that it reads. retrieval_factor: weight of the latents in the model's attention, 0 is the model without
+    model itself with weights of its own) or lora (the model with a low-rank update); to compare with, soft (the
+    model as it is, with learnt queries) or pause (latents that are learnt and read nothing). max_cache_length:
+    newest entries that it reads. retrieval_factor: weight of the latents in the model's attention, 0 is the model without
     them. update_freq: generated tokens between its runs, 0: once, at the end of the prompt. num_traces places in a
     row and num_ahead_tokens tokens after each are what it learns from.
 
@@ -122,12 +123,16 @@ class CacheConfig:
         width, depth = config.hidden_size, config.num_hidden_layers
         queries = config.num_attention_heads * config.head_dim
         pairs = config.num_key_value_heads * config.head_dim
-        total = self.num_latents * width + width + width**2  # queries, norm and projection that all have
+        if self.coprocessor == "pause":
+            return self.num_latents * width
+        total = self.num_latents * width + width + width**2  # queries, norm and projection
         if self.coprocessor == "light":
             entries = 2 * depth * pairs * width + width + width**2
             return total + entries + self.coprocessor_layers * (12 * width**2 + 2 * width)
         if self.coprocessor == "lora":
             return total + depth * 2 * LORA_RANK * (2 * width + queries + pairs)
+        if self.coprocessor == "soft":
+            return total
         return total + width + depth * (config.layer_params() + config.num_experts * config.expert_params())
 
 

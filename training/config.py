@@ -384,8 +384,9 @@ class CacheArguments(Checked):
 
     coprocessor: str = option(
         "light",
-        "what reads the cache: light (cross-attention), copy (the model itself) or lora (its low-rank update)",
-        choices=("light", "copy", "lora"),
+        "what reads the cache: light (cross-attention), copy (the model itself) or lora (its low-rank update); to "
+        "compare with: soft (the model as it is), pause (nothing)",
+        choices=("light", "copy", "lora", "soft", "pause"),
     )
     coprocessor_layers: int = option(2, "layers of a light coprocessor", minimum=1)
     cache_num_heads: int = option(8, "heads of its attention", flag="cache-heads", minimum=1)

@@ -279,7 +279,7 @@ def test_generate_with_cache_answers_texts(augmented):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"coprocessor": "heavy"}, "coprocessor 'heavy' does not exist: use light, copy, lora"),
+        ({"coprocessor": "heavy"}, "coprocessor 'heavy' does not exist: use light, copy, lora, soft, pause"),
         ({"num_latents": 0}, "num_latents 0 .* at least 1"),
         ({"num_heads": 5}, "width of 32 cannot be cut into 5 heads .* --cache-heads"),
         ({"retrieval_factor": -1.0}, "retrieval_factor -1.0"),
