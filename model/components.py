@@ -128,7 +128,8 @@ class CacheConfig:
             return total + entries + self.coprocessor_layers * (12 * width**2 + 2 * width)
         if self.coprocessor == "lora":
             return total + depth * 2 * LORA_RANK * (2 * width + queries + pairs)
-        return total + width + depth * (config.layer_params() + config.num_experts * config.expert_params())
+        layer = config.layer_params() + config.num_experts * config.expert_params()
+        return total + width + depth * layer + config.memory_params()
 
 
 @dataclass
