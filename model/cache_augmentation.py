@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from kernels.cache_attention import cache_attention
 from model.attention import RMSNorm, rotary, rotate
@@ -238,6 +239,15 @@ class Coprocessor(nn.Module):
             layer.states["latent_values"] = by_now.values[:, :, length:]
 
 
+def cache_of_traces(config, last_BN: Tensor) -> DynamicCache:
+    """For the pass over rows before `trace_losses`: memories keep what they are around each trace's last token."""
+    cache = DynamicCache()
+    hold_states(cache, config.num_hidden_layers)
+    for layer_idx in config.memory_layers():
+        cache.layers[layer_idx].states["traces"] = last_BN
+    return cache
+
+
 def block_mask(sees_BNQS: Tensor, bias_QQ: Tensor | None = None) -> Tensor:
     """[B, 1, N·Q, S + N·Q]: query q of block n sees entries of the cache, and what comes before it in its block.
 
@@ -263,7 +273,7 @@ def trace_losses(
 
     Args:
         model: a `PragnosiaForCausalLM` with a coprocessor.
-        cache: the keys and values of the rows. context_BSD: their final hidden states.
+        cache: that of `cache_of_traces`, filled with the rows. context_BSD: their final hidden states.
         batch: input_ids, document_ids and position_ids [B, S]; traces [B, N], the last token that the latents of
             a trace have read; ahead_labels [B, N, A], the targets after it, −100 where there is none.
     """

@@ -15,7 +15,7 @@ from experts.page import ExpertPage
 from kernels.reference import Routing
 from model.answers import AnswerMethods
 from model.attention import Attention, RMSNorm, rotary
-from model.cache_augmentation import Coprocessor, trace_losses
+from model.cache_augmentation import Coprocessor, cache_of_traces, trace_losses
 from model.config import PragnosiaConfig
 from model.extended_cache import Extended
 from model.generation_cache import detach, hold_states
@@ -284,7 +284,7 @@ class PragnosiaForCausalLM(PragnosiaPreTrainedModel, GenerationMixin, AnswerMeth
         if labels is not None and past_key_values is not None:
             detach(past_key_values)
         if traces is not None:
-            past_key_values = DynamicCache()
+            past_key_values = cache_of_traces(self.config, traces)
 
         documents_BM, length = attention_mask if document_ids is None else document_ids, input_ids.shape[1]
         if document_ids is not None:

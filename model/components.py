@@ -133,7 +133,8 @@ class CacheConfig:
             return total + depth * 2 * LORA_RANK * (2 * width + queries + pairs)
         if self.coprocessor == "soft":
             return total
-        return total + width + depth * (config.layer_params() + config.num_experts * config.expert_params())
+        layer = config.layer_params() + config.num_experts * config.expert_params()
+        return total + width + depth * layer + config.memory_params()
 
 
 @dataclass

@@ -101,9 +101,11 @@ class PragnosiaConfig(PretrainedConfig):
         width, layer = self.hidden_size, self.layer_params()
         embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
         value_head = (width + 1) ** 2 if self.tree else 0  # two linear layers, to width and to 1, with biases
-        memory = MemoryConfig(**self.memory) if self.memory else None
-        memories = memory.num_memory_layers * memory.num_params() if memory else 0
-        return embeddings + self.num_hidden_layers * layer + width + memories + value_head
+        return embeddings + self.num_hidden_layers * layer + width + self.memory_params() + value_head
+
+    def memory_params(self) -> int:
+        """Parameters of the memories of all layers."""
+        return len(self.memory_layers()) * MemoryConfig(**self.memory).num_params() if self.memory else 0
 
     def expert_params(self) -> int:
         """Parameters of one expert."""

@@ -9,6 +9,10 @@ in parallel to attention as in Titans, arXiv 2501.00663, section 4.2):
 Training does this in chunks, `chunkwise`, on CUDA in the kernels of flash-linear-attention where it is installed;
 generation token by token, `recurrent`, which is also the specification. H are the memory's heads here, and W
 counts the chunks of a row, whose length is then S.
+
+Latents of a coprocessor (`model/cache_augmentation.py`) go on from the memory as tokens would, but what they write
+is dropped: the state of a text is that of its tokens. In generation a view of the cache drops it. In training each
+of the N traces of a row goes on from the memory as it was at its own place.
 """
 
 import functools
@@ -55,6 +59,15 @@ class ShortConvolution(nn.Module):
         ours_BS = segments_BS[:, length:] == segments_BS[:, -1:]
         return output_BSD, x_BSD[:, length:].where(ours_BS[..., None], 0)
 
+    def inputs_at(self, x_BSD: Tensor, segment_BS: Tensor, last_BN: Tensor) -> Tensor:
+        """What the outputs of the tokens last_BN are made of, [B, N, taps, D]; nothing stands before x_BSD."""
+        before = self.taps - 1
+        index_BNK = last_BN[..., None] + torch.arange(self.taps, device=last_BN.device)
+        own_BNK = F.pad(segment_BS, (before, 0), value=-1)[:, None].take_along_dim(index_BNK, 2)
+        own_BNK = own_BNK == segment_BS.take_along_dim(last_BN, 1)[..., None]
+        x_BLD = F.pad(x_BSD, (0, 0, before, 0)).take_along_dim(index_BNK.flatten(1)[..., None], 1)
+        return x_BLD.unflatten(1, index_BNK.shape[1:]).where(own_BNK[..., None], 0)
+
 
 class NeuralMemory(nn.Module):
     """The memory of one layer; its output is added to attention's, and is 0 until `out_proj` is trained."""
@@ -64,6 +77,7 @@ class NeuralMemory(nn.Module):
         memory = MemoryConfig(**config.memory)
         width, self.heads, self.head_dim = memory.memory_size, memory.num_heads, memory.head_dim
         self.layer_idx, self.chunk_size, self.dropout = layer_idx, memory.chunk_size, memory.dropout
+        self.num_latents = config.cache["num_latents"] if config.cache else 0
         self.rule = delta_rule  # ablations have another
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
@@ -82,12 +96,32 @@ class NeuralMemory(nn.Module):
 
         documents_BM: [B, past + S] integers, 0 where a token is padding, whose key is 0, so that it is not
         written; a change resets the memory. None: one document. With a cache, one that `hold_states` has seen,
-        the state goes on from it.
+        the state goes on from it; a first pass also keeps what stands around the tokens `traces` [B, N] that the
+        cache names, and a pass over such a cache is over a block for each of them, its latents first.
         Also returns fp32 [3, 2] without gradient, (sum, count) over real tokens for each of `STATISTICS`.
         """
+        states = {} if cache is None else cache.layers[self.layer_idx].states
+        if "memory_at" not in states:
+            return self.go_on(input_BSD, hidden_BSD, documents_BM, states)
+        num_traces, before, results = states["memory_at"].shape[1], self.conv.taps - 1, []
+        blocks = [x.unflatten(1, (num_traces, -1)) for x in (input_BSD, hidden_BSD)]
+        # Latents come after a trace's token; the tokens of its block begin with that token, so come before it.
+        for after, part in ((1, slice(self.num_latents)), (0, slice(self.num_latents, None))):
+            if blocks[0][:, :, part].numel():
+                own = {
+                    "memory": states["memory_at"][:, :, after].flatten(0, 1),
+                    "memory_tail": states["memory_inputs_at"][:, :, after : after + before].flatten(0, 1),
+                }
+                results.append(self.go_on(*(x[:, :, part].flatten(0, 1) for x in blocks), None, own))
+        added = [part_XSD.unflatten(0, (-1, num_traces)) for part_XSD, _ in results]
+        return torch.cat(added, dim=2).flatten(1, 2), sum(statistics_32 for _, statistics_32 in results)
+
+    def go_on(
+        self, input_BSD: Tensor, hidden_BSD: Tensor, documents_BM: Tensor | None, states: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` from the states of a layer, which then are those after the last token."""
         batch, length, _ = input_BSD.shape
         valid_BS, segment_BS = places(documents_BM, batch, length, input_BSD.device)
-        states = {} if cache is None else cache.layers[self.layer_idx].states
         projected_BSD = torch.cat(
             (self.q_proj(input_BSD), self.k_proj(input_BSD), self.v_proj(input_BSD)), dim=-1
         ).where(valid_BS[..., None], 0)
@@ -103,12 +137,19 @@ class NeuralMemory(nn.Module):
         state_BHCC = states.get("memory")
         if state_BHCC is None:
             state_BHCC = beta_BSH.new_zeros(batch, self.heads, self.head_dim, self.head_dim)
-        read_BSHC, state_BHCC = self.rule(
-            unit(q_BSHC), unit(k_BSHC), v_BSHC, beta_BSH, decay_BSH, segment_BS, state_BHCC, self.chunk_size
-        )
+        rows = (unit(q_BSHC), unit(k_BSHC), v_BSHC, beta_BSH, decay_BSH, segment_BS)
+        if "traces" in states:
+            last_BN = states.pop("traces")
+            states["memory_inputs_at"] = self.conv.inputs_at(projected_BSD, segment_BS, last_BN)
+            read_BSHC, state_BHCC, states["memory_at"] = with_states_at(
+                last_BN, self.rule, rows, state_BHCC, self.chunk_size
+            )
+        else:
+            read_BSHC, state_BHCC = self.rule(*rows, state_BHCC, self.chunk_size)
         states.update(memory=state_BHCC, memory_tail=tail_BSD)
         read_BSD = self.norm(read_BSHC.to(input_BSD.dtype)).flatten(2) * F.silu(self.gate_proj(input_BSD))
-        added_BSD = self.out_proj(F.dropout(read_BSD, self.dropout, self.training))
+        learns = self.training and self.out_proj.weight.requires_grad
+        added_BSD = self.out_proj(F.dropout(read_BSD, self.dropout, learns))
         with torch.no_grad():
             half_life_BSH = (-math.log(2) / decay_BSH).clamp(max=MOST_HALF_LIFE)
             ratio_BS = added_BSD.norm(dim=-1).float() / hidden_BSD.norm(dim=-1).float().clamp(min=1e-12)
@@ -172,6 +213,38 @@ def delta_rule(
     else:
         read_BHSC, state_BHCC = chunkwise(*rows, state_BHCC, chunk_size)
     return read_BHSC.transpose(1, 2), state_BHCC
+
+
+def with_states_at(
+    last_BN: Tensor, rule, rows: tuple[Tensor, ...], state_BHCC: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a rule says of rows, and the states [B, N, 2, H, C, C] before and after the tokens last_BN.
+
+    rows: q to segment_BS of `delta_rule`. The states before are read: a token with k, β and log α of 0 leaves the
+    state as it is, and with the c-th unit vector as q reads its row c. So a trace costs C tokens more, and of the
+    other states none is kept.
+    """
+    q_BSHC, segment_BS = rows[0], rows[-1]
+    (batch, length, heads, size), num_traces, device = q_BSHC.shape, last_BN.shape[1], q_BSHC.device
+    # A token's place is 2 t, and that of what reads before it 2 t − 1.
+    place_BS = 2 * torch.arange(length, device=device).expand(batch, -1)
+    place_BT = torch.cat((place_BS, (2 * last_BN - 1).repeat_interleave(size, 1)), 1)
+    order_BT, row_B1 = place_BT.argsort(dim=1, stable=True), torch.arange(batch, device=device)[:, None]
+    q_PHC = torch.eye(size, dtype=q_BSHC.dtype, device=device).repeat(num_traces, 1)[:, None]
+    readers = [
+        q_PHC.expand(batch, -1, heads, -1),
+        *(x.new_zeros(batch, len(q_PHC), *x.shape[2:]) for x in rows[1:-1]),
+        segment_BS.take_along_dim(last_BN, 1).repeat_interleave(size, 1),
+    ]
+    ordered = (torch.cat(pair, 1)[row_B1, order_BT] for pair in zip(rows, readers, strict=True))
+    read_BTHC, left_BHCC = rule(*ordered, state_BHCC, chunk_size)
+    read_BTHC = read_BTHC[row_B1, order_BT.argsort(dim=1)]
+    before_BNCHC = read_BTHC[:, length:].to(state_BHCC.dtype).unflatten(1, (num_traces, size))
+    before_BNHCC = before_BNCHC.transpose(2, 3)
+    own = (x[row_B1, last_BN].flatten(0, 1)[:, None] for x in (*rows[:-1], torch.zeros_like(segment_BS)))
+    _, after_XHCC = rule(*own, before_BNHCC.flatten(0, 1), chunk_size)
+    at_BN2HCC = torch.stack((before_BNHCC, after_XHCC.view_as(before_BNHCC)), dim=2)
+    return read_BTHC[:, :length], left_BHCC, at_BN2HCC
 
 
 def recurrent(

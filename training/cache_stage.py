@@ -67,10 +67,15 @@ def _row_traces(
 
 
 def check_stage(
-    config: PragnosiaConfig, args: TrainingArguments, placement: str, *, is_trained: bool, is_new: bool
+    config: PragnosiaConfig,
+    args: TrainingArguments,
+    placement: str,
+    *,
+    given: PragnosiaConfig,
+    is_trained: bool,
 ) -> None:
-    """Refuse what the stages cannot do. is_trained: whether the run starts from weights; is_new: whether the
-    coprocessor was added for it.
+    """Refuse what the stages cannot do. given: the model before the run added components to it; is_trained:
+    whether the run starts from weights.
 
     Raises:
         UserError: one line with the way out.
@@ -81,7 +86,7 @@ def check_stage(
             "--placement resident or zero3"
         )
     if args.stage == "base":
-        if config.cache and is_new:
+        if config.cache and not given.cache:
             raise UserError(
                 "--use-cache-augmentation: a coprocessor learns from a model that is trained already: train that "
                 "first without it, then --stage cache --init-from its run"
@@ -91,13 +96,13 @@ def check_stage(
         raise UserError("--stage cache trains a coprocessor: add --use-cache-augmentation")
     if config.cache["retrieval_factor"] == 0:
         raise UserError("--retrieval-factor 0 takes the latents away, so nothing can be learnt: use 1")
-    if config.memory:
-        raise UserError(
-            "--stage cache: a neural memory has one state at the end of a row and none at each trace: use "
-            "--no-use-neural-memory, or start from a model without it"
-        )
     if not (is_trained or args.cache_joint):
         raise UserError("--stage cache leaves the model as it is: give a trained one with --init-from")
+    if config.memory and not (given.memory or args.cache_joint):
+        raise UserError(
+            "--stage cache leaves the model as it is, and --use-neural-memory would add a memory that learns "
+            "nothing: train a model with it first, or add --cache-joint"
+        )
     if placement == "streamed" and args.cache_joint:
         raise UserError(
             "--cache-joint passes through the model twice a microbatch, and streamed experts would be updated "

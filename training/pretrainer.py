@@ -150,8 +150,8 @@ class Pretrainer:
             device=self.device_type,
             world_size=self.ranks.world_size,
         )
-        is_trained, is_new = bool(init_from or args.resume), not model.cache
-        check_stage(self.config, args, self.plan.placement, is_trained=is_trained, is_new=is_new)
+        is_trained = bool(init_from or args.resume)
+        check_stage(self.config, args, self.plan.placement, given=model, is_trained=is_trained)
         check_host_memory(self.plan, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.resume_from = disk.resolve_checkpoint(args.resume) if args.resume else None
         run_name = f"pragnosia_{name}_{self.config.num_experts}experts_{time.strftime('%Y%m%d-%H%M%S')}"

@@ -8,10 +8,13 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 from inference.generation import Sampling, decode
-from model.components import COPROCESSORS, CacheConfig
+from model.components import COPROCESSORS, CacheConfig, MemoryConfig
 from training.cache_stage import with_traces
 
 AHEAD = 4
+MEMORY = dataclasses.asdict(
+    MemoryConfig(hidden_size=32, memory_size=16, head_dim=8, num_memory_layers=2, chunk_size=4, dropout=0.0)
+)
 
 
 @pytest.fixture
@@ -25,7 +28,7 @@ def augmented(build):
         for name, parameter in model.named_parameters():
             if name.endswith("out_proj.weight"):
                 assert not parameter.any(), name
-                torch.nn.init.normal_(parameter, std=0.1)
+                torch.nn.init.normal_(parameter, std=0.3 if ".memory." in name else 0.1)
         for layer in model.model.layers:
             layer.self_attn.window = window
         return model
@@ -69,9 +72,13 @@ def loss_by_generation(model, batch) -> float:
 
 @torch.no_grad()
 @pytest.mark.parametrize("coprocessor", COPROCESSORS)
+@pytest.mark.parametrize("memory", [None, MEMORY])
 @pytest.mark.parametrize(("factor", "window", "newest"), [(1.0, None, 100), (0.5, 3, 4)])
-def test_traces_are_trained_as_they_will_be_generated(augmented, batch, coprocessor, factor, window, newest):
-    model = augmented(window, coprocessor=coprocessor, retrieval_factor=factor, max_cache_length=newest)
+def test_traces_are_trained_as_they_will_be_generated(
+    augmented, batch, coprocessor, factor, window, newest, memory
+):
+    settings = {"coprocessor": coprocessor, "retrieval_factor": factor, "max_cache_length": newest}
+    model = augmented(window, config={"memory": memory}, **settings)
     batch = traced(model, batch)
     output = model(**batch)
     assert (batch["ahead_labels"] != -100).sum() > 12
@@ -105,11 +112,14 @@ def test_base_losses_at_a_place_are_those_of_the_model_without_latents(augmented
     assert "cache/loss_at_8" not in sums
 
 
+@pytest.mark.parametrize("memory", [None, MEMORY])
 @pytest.mark.parametrize("coprocessor", COPROCESSORS)
-def test_a_frozen_model_lends_gradients_to_every_part_of_its_coprocessor(augmented, batch, coprocessor):
-    results = []
+def test_a_frozen_model_lends_gradients_to_every_part_of_its_coprocessor(
+    augmented, batch, coprocessor, memory
+):
+    results, config = [], {"router_aux_loss_coef": 0.0, "memory": memory}
     for recompute in (False, True):
-        model = augmented(coprocessor=coprocessor, config={"router_aux_loss_coef": 0.0}).train()
+        model = augmented(coprocessor=coprocessor, config=config).train()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith("cache."))
         model.model.gradient_checkpointing = recompute
@@ -123,8 +133,9 @@ def test_a_frozen_model_lends_gradients_to_every_part_of_its_coprocessor(augment
             torch.testing.assert_close(results[1][name], grad, rtol=1e-4, atol=1e-7, msg=name)
 
 
-def test_the_loss_is_a_sum_over_traces_whatever_the_microbatch(augmented, batch):
-    model = augmented(config={"router_aux_loss_coef": 0.0}).train()
+@pytest.mark.parametrize("memory", [None, MEMORY])
+def test_the_loss_is_a_sum_over_traces_whatever_the_microbatch(augmented, batch, memory):
+    model = augmented(config={"router_aux_loss_coef": 0.0, "memory": memory}).train().double()
     whole = traced(model, batch)
     counts = {"num_targets": int((whole["ahead_labels"] != -100).sum()), "num_tokens": 26}
     model(**whole, **counts).loss.backward()
@@ -185,15 +196,18 @@ def test_latents_read_the_newest_entries_and_no_padding(augmented, coprocessor):
 
 
 def answers(model, prompts, tokens=6):
-    steps = decode(model, prompts, Sampling.greedy(tokens), eos_token_id=66, pad_token_id=0, device="cpu")
+    no_end = {"eos_token_id": -1, "pad_token_id": 0, "device": "cpu"}
+    steps = decode(model, prompts, Sampling.greedy(tokens), **no_end)
     return [list(column) for column in zip(*steps, strict=True)]
 
 
 PROMPTS = [[5, 9, 33, 2, 41, 8, 17], [12, 60, 3], [44]]
 
 
-def test_prompts_of_a_batch_are_answered_as_if_alone(augmented):
-    model = augmented(update_freq=2, retrieval_factor=2.0, config={"tie_word_embeddings": False})
+@pytest.mark.parametrize("memory", [None, MEMORY])
+def test_prompts_of_a_batch_are_answered_as_if_alone(augmented, memory):
+    config = {"tie_word_embeddings": False, "memory": memory}
+    model = augmented(update_freq=2, retrieval_factor=2.0, config=config)
     together = answers(model, PROMPTS)
     assert [answers(model, [prompt])[0] for prompt in PROMPTS] == together
     assert len({tuple(answer) for answer in together}) == 3
@@ -222,6 +236,16 @@ def test_latents_are_replaced_every_so_many_tokens(augmented):
 
 
 @torch.no_grad()
+def test_a_memory_holds_tokens_alone_and_each_once(augmented):
+    """Where latents weigh nothing, a prompt whose last token is computed twice leaves what one pass leaves."""
+    model, states = augmented(config={"memory": MEMORY}, retrieval_factor=1e-30), []
+    for augment in (True, False):
+        cache = model(torch.tensor(PROMPTS[:1]), use_cache=True, augment=augment).past_key_values
+        states.append([layer.states[name] for layer in cache.layers for name in ("memory", "memory_tail")])
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_rows_of_the_cache_take_their_latents_along(augmented):
     model = augmented()
     prompts, order = torch.tensor([PROMPTS[0], PROMPTS[0][::-1]]), torch.tensor([1, 0, 1])
@@ -235,10 +259,11 @@ def test_rows_of_the_cache_take_their_latents_along(augmented):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("memory", [None, MEMORY])
 @pytest.mark.parametrize("coprocessor", COPROCESSORS)
-def test_factor_0_and_no_coprocessor_are_the_base_to_the_bit(augmented, build, coprocessor):
-    model = augmented(coprocessor=coprocessor, retrieval_factor=0.0)
-    base = build(pad_token_id=0).eval()
+def test_factor_0_and_no_coprocessor_are_the_base_to_the_bit(augmented, build, coprocessor, memory):
+    model = augmented(coprocessor=coprocessor, retrieval_factor=0.0, config={"memory": memory})
+    base = build(pad_token_id=0, memory=memory).eval()
     base.load_state_dict({n: x for n, x in model.state_dict().items() if not n.startswith("cache.")})
     ids = torch.tensor(PROMPTS[:1])
     assert torch.equal(model(ids, augment=True).logits, base(ids).logits)
@@ -248,9 +273,10 @@ def test_factor_0_and_no_coprocessor_are_the_base_to_the_bit(augmented, build, c
     assert not torch.allclose(model(ids, augment=True).logits[:, -1], base(ids).logits[:, -1], rtol=1e-2)
 
 
+@pytest.mark.parametrize("memory", [None, MEMORY])
 @pytest.mark.parametrize("coprocessor", COPROCESSORS)
-def test_parameters_are_counted(augmented, coprocessor):
-    model = augmented(coprocessor=coprocessor, coprocessor_layers=3)
+def test_parameters_are_counted(augmented, coprocessor, memory):
+    model = augmented(coprocessor=coprocessor, coprocessor_layers=3, config={"memory": memory})
     assert model.config.num_params() == sum(parameter.numel() for parameter in model.parameters())
     bare = type(model.config)(**{**model.config.to_dict(), "cache": None})
     assert model.config.active_params() == bare.active_params()
@@ -260,7 +286,7 @@ def test_generate_with_cache_answers_texts(augmented):
     from training.config import UserError
 
     class Tokenizer:
-        eos_token_id, pad_token_id = 66, 0
+        eos_token_id, pad_token_id = -1, 0
 
         def __call__(self, text, add_special_tokens):
             return {"input_ids": [int(word) for word in text.split()]}

@@ -16,12 +16,14 @@ from model.extended_cache import windowed
 from model.memory import (
     MOST_HALF_LIFE,
     NeuralMemory,
+    ShortConvolution,
     chunkwise,
     delta_rule,
     fused_delta_rule,
     recurrent,
     refuses_backward,
     unit,
+    with_states_at,
 )
 from training.weights import fill, initial_weights
 
@@ -113,6 +115,35 @@ def test_what_is_not_written_and_not_forgotten_changes_no_bit():
         assert torch.equal(left, state)
 
 
+def test_states_around_tokens_are_those_of_the_recurrence():
+    """Before and after a token: at both sides of a border, at the ends of a row, and asked for twice."""
+    *rows, segment, state = random_rows(9, 3, [0, 0, 0, 1, 1, 1, 1, 3, 3])
+    last = torch.tensor([[0, 4, 8, 4], [3, 6, 7, 2]])
+    transposed = [x.transpose(1, 2) for x in rows]
+    reads, left, at = with_states_at(last, delta_rule, (*transposed, segment), state, 4)
+    expected = recurrent(*rows, segment, state)
+    torch.testing.assert_close((reads.transpose(1, 2), left), expected, rtol=1e-9, atol=1e-9)
+    for row, traces in enumerate(last.tolist()):
+        for trace, token in enumerate(traces):
+            for after in (0, 1):
+                # All of what stands there, and the token that asks as one that writes and forgets nothing.
+                part = [x[row : row + 1, :, : token + 1].clone() for x in rows]
+                if not after:
+                    part[3][..., -1] = part[4][..., -1] = 0
+                found = recurrent(*part, segment[row : row + 1, : token + 1], state[row : row + 1])[1]
+                torch.testing.assert_close(at[row, trace, after], found[0], rtol=1e-9, atol=1e-9)
+
+
+def test_inputs_at_a_token_end_with_it_and_begin_with_its_tail():
+    conv, x = ShortConvolution(2, 4), torch.randn(1, 7, 2)
+    segment, last = torch.tensor([[0, 0, 0, 0, 0, 1, 1]]), [0, 4, 5, 6]
+    found = conv.inputs_at(x, segment, torch.tensor([last]))[0]
+    zero = torch.zeros(2)
+    for inputs, token in zip(found, last, strict=True):
+        own = [t for t in range(max(0, token - 3), token + 1) if segment[0, t] == segment[0, token]]
+        assert torch.equal(inputs, torch.stack([zero] * (4 - len(own)) + [x[0, t] for t in own]))
+
+
 @pytest.mark.parametrize(
     ("capability", "triton", "refused"),
     [((9, 0), "3.6.0", True), ((9, 0), "3.7.1", False), ((9, 0), "3.3.1", False), ((8, 0), "3.6.0", False)],
@@ -189,6 +220,13 @@ def test_a_new_memory_forgets_half_in_99_tokens(build):
     means = {name: (total / count).item() for name, (total, count) in sums.items()}
     assert means["neural_memory/half_life"] == pytest.approx(98.67, abs=0.02)
     assert means["neural_memory/beta"] == 0.5 and means["neural_memory/read_ratio"] == 0
+
+
+def test_a_memory_that_does_not_learn_drops_nothing(remembering, batch):
+    model = remembering({"dropout": 0.5}).eval()
+    expected = model(**batch).loss
+    assert not torch.equal(model.train()(**batch).loss, expected)
+    assert torch.equal(model.requires_grad_(False)(**batch).loss, expected)
 
 
 def test_layers_without_a_memory_have_none(build):

@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.tokenizer_asset import load_tokenizer
+from inference.generation import Sampling
 from model import PragnosiaForCausalLM
-from model.components import CacheConfig
+from model.components import CacheConfig, MemoryConfig
 from model.presets import preset_config
 from tests.training import layouts as base_layouts
 from tests.training.runs import REPOSITORY, finish, run, start, write_rows
@@ -48,6 +50,7 @@ REFERENCES = {
         "lora": {"coprocessor": "lora"},
         "copy": {"coprocessor": "copy"},
         "joint": {"coprocessor": "light", "joint": True},
+        "memory": {"coprocessor": "light", "memory": 6},
     }.items()
 }
 EQUAL = {f"light, {name}": ({**REFERENCES["light"], **split}, "light") for name, split in SPLITS.items()}
@@ -58,6 +61,7 @@ EQUAL |= {
         ("copy", "zero3"),
         ("joint", "4 microbatches, stage 2"),
         ("joint", "2 ranks, stage 1"),
+        ("memory", "zero3"),
     )
 }
 STEPS = 3
@@ -194,12 +198,29 @@ def config_with(**settings):
     return config
 
 
+def with_memory():
+    config = config_with()
+    config.memory = dataclasses.asdict(MemoryConfig(128))
+    return config
+
+
 @pytest.mark.parametrize(
     ("config", "args", "more", "message"),
     [
         (preset_config("tiny"), {"stage": "cache"}, {}, "--stage cache .*: add --use-cache-augmentation"),
-        (config_with(), {}, {"is_new": True}, "--use-cache-augmentation: .* then --stage cache --init-from"),
+        (
+            config_with(),
+            {},
+            {"given": preset_config("tiny")},
+            "--use-cache-augmentation: .* then --stage cache --init-from",
+        ),
         (config_with(), {"stage": "cache"}, {"is_trained": False}, "give a trained one with --init-from"),
+        (
+            with_memory(),
+            {"stage": "cache"},
+            {"given": config_with()},
+            "--use-neural-memory .* or add --cache-joint",
+        ),
         (config_with(retrieval_factor=0.0), {"stage": "cache"}, {}, "--retrieval-factor 0 .*: use 1"),
         (
             config_with(coprocessor="copy"),
@@ -222,7 +243,7 @@ def config_with(**settings):
     ],
 )
 def test_one_line_for_what_cannot_be(config, args, more, message):
-    facts = {"placement": "resident", "is_trained": True, "is_new": False} | more
+    facts = {"placement": "resident", "is_trained": True, "given": config} | more
     with pytest.raises(UserError, match=message):
         check_stage(config, TrainingArguments(**args), facts.pop("placement"), **facts)
 
@@ -264,11 +285,13 @@ def test_a_run_on_a_frozen_model_resumed_and_the_way_back(tmp_path):
     def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
         return load_file(next((directory / "final_model").glob("*.safetensors")))
 
-    first, before = train("base", "--save-strategy", "no")
+    memory = ("--use-neural-memory", "--memory-layers", "1", "--memory-size", "32", "--memory-head-dim", "16")
+    first, before = train("base", "--save-strategy", "no", *memory)
     cache = ("--use-cache-augmentation", "--num-latents", "2", "--num-traces", "3")
     second, after = train("cache", "--init-from", str(first), "--stage", "cache", *cache)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert {name.split(".")[0] for name in after.keys() - before.keys()} == {"cache"}
+    assert after["model.layers.1.memory.out_proj.weight"].any()
     rows = [json.loads(line) for line in (second / "metrics.jsonl").read_text().splitlines()]
     logged = {name: value for row in rows for name, value in row.items()}
     assert logged["loss"] == pytest.approx(logged["cache/ahead_loss"], rel=1e-5)
@@ -276,6 +299,8 @@ def test_a_run_on_a_frozen_model_resumed_and_the_way_back(tmp_path):
     for place in (1, 2, 4, 8, 16):
         assert {f"validation/overall/{name}_at_{place}" for name in ("loss", "base_loss")} <= set(logged)
     assert logged["validation/overall/loss"] != logged["validation/overall/base_loss"]
+    both = PragnosiaForCausalLM.from_pretrained(second / "final_model")
+    assert len(both.generate_with_cache(load_tokenizer(), ["What is 2 + 2?"], Sampling.greedy(3))) == 1
 
     for name in ("final_model", "checkpoint-2"):
         shutil.rmtree(second / name)
