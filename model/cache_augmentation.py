@@ -5,11 +5,12 @@ the model then reads like tokens at position p. The token x_p is computed once m
 view, and generation goes on from there. log(retrieval_factor) is added to the logits of attention to a latent; at
 0 there is no latent, and the model is its base.
 
-There are three kinds. `light`: learnt queries, which start from the last entry, cross-attend to the entries of all
-layers. `copy`: a copy of the model runs the learnt queries, reading the model's own cache. `lora`: the model
+There are three kinds. `light`: learnt queries, which start from the last entry, cross-attend to the entries of
+all layers. `copy`: a copy of the model runs the learnt queries, reading the model's own cache. `lora`: the model
 itself does, with a low-rank update. Two more are there to compare with: `soft`, the model as it is with learnt
-queries, and `pause`, latents that are learnt and read nothing. They learn from the tokens after random places p of a row (traces): all traces
-of a row, each with its latents and its ahead tokens, are one forward pass under a block mask.
+queries, and `pause`, latents that are learnt and read nothing. They learn from the tokens after random places p of
+a row (traces): all traces of a row, each with its latents and its ahead tokens, are one forward pass under a block
+mask.
 
 Here N counts the traces of a row, M the latents of one, A its ahead tokens, and Q what is computed for it.
 """
@@ -175,8 +176,8 @@ class Coprocessor(nn.Module):
     def forward(self, model: nn.Module, cache, places: Places, position_BS: Tensor) -> Tensor:
         """The latents of each place, [B, N, M, D].
 
-        model: the `PragnosiaModel` whose cache it is; `lora` and `soft` run it. position_BS: rotary positions of the
-        cache's entries.
+        model: the `PragnosiaModel` whose cache it is; `lora` and `soft` run it. position_BS: rotary positions of
+        the cache's entries.
         """
         queries_MD = self.queries(torch.arange(self.settings.num_latents, device=position_BS.device))
         if self.settings.coprocessor == "pause":

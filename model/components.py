@@ -78,9 +78,9 @@ class CacheConfig:
     coprocessor: light (cross-attention over the cache; num_heads heads, coprocessor_layers layers), copy (the
     model itself with weights of its own) or lora (the model with a low-rank update); to compare with, soft (the
     model as it is, with learnt queries) or pause (latents that are learnt and read nothing). max_cache_length:
-    newest entries that it reads. retrieval_factor: weight of the latents in the model's attention, 0 is the model without
-    them. update_freq: generated tokens between its runs, 0: once, at the end of the prompt. num_traces places in a
-    row and num_ahead_tokens tokens after each are what it learns from.
+    newest entries that it reads. retrieval_factor: weight of the latents in the model's attention, 0 is the model
+    without them. update_freq: generated tokens between its runs, 0: once, at the end of the prompt. num_traces
+    places in a row and num_ahead_tokens tokens after each are what it learns from.
 
     Raises:
         ValueError: a number out of its range, heads that do not fit the width, or an unknown coprocessor.
