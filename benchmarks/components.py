@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--steps", type=int, default=4000, help="of the base model")
     options.add_argument("--batch-size", type=int, default=32, help="rows of 512 tokens a step")
     options.add_argument("--value-refresh", type=int, default=500, help="of the value head; 0: never")
-    options.add_argument("--answers", nargs="+", help="datasets whose answers are checked (default: --data)")
+    options.add_argument("--answers", nargs="*", help="datasets whose answers are checked (default: --data)")
     options.add_argument("--max-samples", type=int, default=200, help="answers of a dataset to check")
     options.add_argument("--side-by-side", type=int, default=1, help="arms trained at a time, on one GPU")
     options.add_argument("--device", choices=("cpu", "cuda"), default=None)
@@ -143,7 +143,7 @@ def measure(args: argparse.Namespace, arm: str, seed: int, base: Path | None) ->
     row = {"arm": arm, "seed": seed, "steps": args.steps, **logged(run, alone=args.side_by_side == 1)}
     searches = []
     tree = ("--tree",) if arm == "value head" else ()
-    for dataset in args.answers or [args.data]:
+    for dataset in [args.data] if args.answers is None else args.answers:
         found, name = evaluate(args, run, dataset, *tree), Path(dataset).stem
         for family, scores in found["results"].items():
             if "exact_match" in scores and family != "overall":

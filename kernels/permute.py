@@ -3,7 +3,8 @@
     spread_kernel   a token to each of its K rows: permute, and the backward of combine
     gather_kernel   a token's K rows added up, in the order of its choices: combine, and the backward of permute
 
-Either way a token is read or written once, whatever K is. A program holds whole tokens.
+Either way a token is read or written once, whatever K is. A program holds whole tokens, or adds up a piece of
+one after the other.
 Sums are fp32 (fp64 for fp64), rounded once, and nothing is atomic: the same bits in every run.
 """
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from kernels.reference import Routing
 
 SPREAD, GATHER = 16, 8  # values of a thread, at least
+PIECE = 1024  # values of a token that are added up at a time
 
 
 def permute(hidden_TD: Tensor, routing: Routing) -> Tensor:
@@ -53,7 +55,7 @@ def gather_op(rows_ND: Tensor, places_TK: Tensor, weights_TK: Tensor | None) -> 
     output_TD = rows_ND.new_empty(T, D)
     if weights_TK is not None:
         weights_TK = weights_TK.contiguous()
-    launch, shape = layout(D, GATHER)
+    launch, shape = layout(min(D, PIECE), GATHER)
     if output_TD.numel():
         gather_kernel[(triton.cdiv(T, shape["BLOCK_T"]),)](
             rows_ND, places_TK, weights_TK, output_TD, T, D, K, real(rows_ND), **shape, **launch
@@ -165,14 +167,15 @@ def gather_kernel(
 ):  # fmt: skip
     """out[t] = Σ_k rows[places[t, k]], each times weights[t, k] if there are any."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    d = tl.arange(0, BLOCK_D)[None, :]
     inside = t < T
-    both = inside[:, None] & (d < D)
-    total = tl.zeros([BLOCK_T, BLOCK_D], REAL)
-    for k in tl.static_range(K):
-        place = tl.load(places + t * K + k, inside, 0)[:, None]
-        row = tl.load(rows + place * D + d, both, 0.0).to(REAL)
-        if weights is not None:
-            row *= tl.load(weights + t * K + k, inside, 0.0).to(REAL)[:, None]
-        total += row
-    tl.store(out + t[:, None] * D + d, total.to(out.dtype.element_ty), both)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)[None, :]
+        both = inside[:, None] & (d < D)
+        total = tl.zeros([BLOCK_T, BLOCK_D], REAL)
+        for k in tl.static_range(K):
+            place = tl.load(places + t * K + k, inside, 0)[:, None]
+            row = tl.load(rows + place * D + d, both, 0.0).to(REAL)
+            if weights is not None:
+                row *= tl.load(weights + t * K + k, inside, 0.0).to(REAL)[:, None]
+            total += row
+        tl.store(out + t[:, None] * D + d, total.to(out.dtype.element_ty), both)

@@ -236,11 +236,12 @@ def test_one_graph_under_torch_compile():
 @pytest.fixture
 def choice():
     yield
-    subject.use("reference")
+    subject.use("auto")
 
 
 def test_what_runs_and_why(choice):
-    assert subject.describe(CPU, torch.bfloat16, 64) == "plain PyTorch (the default)"
+    subject.use("reference")
+    assert subject.describe(CPU, torch.bfloat16, 64) == "plain PyTorch (kernels are not asked for)"
     subject.use("auto")
     assert "compute capability 8.0" in subject.describe(CPU, torch.bfloat16, 64)
     assert "heads of 16, 32, 64, 128 values" in subject.describe(CPU, torch.bfloat16, 80)

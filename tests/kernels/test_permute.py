@@ -235,7 +235,7 @@ def test_compiles_for(capability, tmp_path):
             types = {**sizes, "x": dtype, "out": dtype, **types}
             launch, shape = permute.layout(width, permute.SPREAD)
             assert_fits(permute.spread_kernel, types | shape, launch, capability, tmp_path, 64)
-            launch, shape = permute.layout(width, permute.GATHER)
+            launch, shape = permute.layout(min(width, permute.PIECE), permute.GATHER)
             types |= {**shape, "rows": dtype}
             assert_fits(permute.gather_kernel, types, launch, capability, tmp_path, 128)
 
