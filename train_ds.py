@@ -129,7 +129,7 @@ def plan(run: RunArguments) -> int:
         run.plan.cluster,
         size=size_of(config),
         max_length=run.data.max_length,
-        argv=run.argv,
+        given=run.given,
     )
     print("\n".join(lines))
     return 0

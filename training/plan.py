@@ -93,20 +93,7 @@ def make_plan(
     Raises:
         UserError: settings that contradict each other.
     """
-    if config.routing == "step" and args.export_format == "qwen3_moe":
-        raise UserError(
-            "--export-format qwen3_moe: Qwen3-MoE has no expert pools; leave it out, or use --routing token"
-        )
-    if args.load_balance == "bias" and config.routing == "step":
-        raise UserError(
-            "--load-balance bias is for --routing token: --routing step balances its pools by itself; leave it out"
-        )
-    if (args.load_balance == "bias" or config.router_bias) and args.export_format == "qwen3_moe":
-        raise UserError(
-            "--export-format qwen3_moe: a Qwen3-MoE router has no bias; leave it out"
-            + ("" if config.router_bias else ", or use --load-balance aux")
-        )
-    check_components(config, args)
+    check_model(config, args)
     precision = args.precision or ("bf16" if device == "cuda" else "fp32")
     nodes = math.ceil(world_size / int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
     preset = size if size in deepspeed_config.NOMINAL_PARAMETERS else deepspeed_config.nearest_preset(
@@ -198,10 +185,24 @@ def make_plan(
     return plan
 
 
-def check_components(config: PragnosiaConfig, args: TrainingArguments) -> None:
-    """Raises UserError where a component does not fit the model, or the exported format has none."""
+def check_model(config: PragnosiaConfig, args: TrainingArguments) -> None:
+    """Raises UserError where a component does not fit the model, the balance of load its routing, or either the
+    exported format."""
     from training.components import COMPONENTS
 
+    if config.routing == "step" and args.export_format == "qwen3_moe":
+        raise UserError(
+            "--export-format qwen3_moe: Qwen3-MoE has no expert pools; leave it out, or use --routing token"
+        )
+    if args.load_balance == "bias" and config.routing == "step":
+        raise UserError(
+            "--load-balance bias is for --routing token: --routing step balances its pools by itself; leave it out"
+        )
+    if (args.load_balance == "bias" or config.router_bias) and args.export_format == "qwen3_moe":
+        raise UserError(
+            "--export-format qwen3_moe: a Qwen3-MoE router has no bias; leave it out"
+            + ("" if config.router_bias else ", or use --load-balance aux")
+        )
     try:
         config.check_components()
     except ValueError as error:
@@ -342,5 +343,9 @@ def _device_memory(device: str, args: TrainingArguments) -> float:
         return float("inf")
     import torch
 
-    total = float(torch.cuda.get_device_properties(0).total_memory)
-    return min(total, parse_size("--gpu-memory", args.gpu_memory)) if args.gpu_memory else total
+    return usable_memory(torch.cuda.get_device_properties(0).total_memory, args)
+
+
+def usable_memory(total: float, args: TrainingArguments) -> float:
+    """Bytes of a GPU's `total` that the run may use."""
+    return min(total, parse_size("--gpu-memory", args.gpu_memory)) if args.gpu_memory else float(total)
