@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -245,6 +246,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
 def run_script(main: Callable[[], int | None]) -> typing.NoReturn:
     """Runs a script's `main` and exits: a UserError is one `error:` line and exit code 2, Ctrl-C is 130."""
     rank = int(os.environ.get("RANK", "0"))
+    signal.pthread_sigmask(
+        signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM)
+    )  # which its launcher has blocked
     try:
         sys.exit(main() or 0)
     except UserError as error:
