@@ -171,6 +171,8 @@ def parse(argv: Sequence[str] | None = None, also_suggest: Sequence[str] = ()) -
         recorded = _recorded_settings(values["resume"], given.get("output_dir"))
         if values.get("expert_store") == "host":  # back from the disk
             recorded = {n: v for n, v in recorded.items() if n not in ("nvme_path", "expert_ram")}
+        if values.get("routing") == "token":
+            recorded.pop("expert_pool", None)
         values = _over(values, recorded)
     groups = (
         settings(**{f.name: values[f.name] for f in dataclasses.fields(settings) if f.name in values})
