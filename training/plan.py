@@ -285,10 +285,13 @@ def plan_disk(
 ) -> StreamPlan:
     """The same with as many layers on the disk as --expert-ram has no room for.
 
+    What a killed run left on it counts as free, since `Disk` removes it.
+
     Raises:
         UserError: a directory that cannot be used, no room on its disk, or none for the buffers.
     """
     from experts.host_memory import available_bytes
+    from experts.nvme_store import leftovers
 
     deepspeed_config.check_nvme_path(args.nvme_path, "use another --nvme-path")
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -310,7 +313,8 @@ def plan_disk(
     if plan.host > room:
         in_memory = int((room - buffers) // layer)
     on_disk = config.num_hidden_layers - in_memory
-    free = shutil.disk_usage(args.nvme_path).free
+    left = sum(file.stat().st_blocks for old in leftovers(args.nvme_path) for file in old.iterdir())
+    free = shutil.disk_usage(args.nvme_path).free + 512 * left
     if on_disk * layer * ranks_here > free:
         raise UserError(
             f"--nvme-path {args.nvme_path}: {on_disk * layer * ranks_here / 1e9:,.1f} GB of experts do not fit in "
