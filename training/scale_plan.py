@@ -330,6 +330,8 @@ def combinations(
     placement = args.requested_placement
     if placement == "zero3":
         raise UserError("--plan compares resident and streamed experts: leave --placement zero3 out")
+    if args.resume:
+        raise UserError("--plan compares placements and ZeRO stages, which --resume keeps: use --init-from")
     if args.deepspeed_config:
         raise UserError(
             "--plan compares ZeRO stages and says which JSON to use: leave --deepspeed-config out"
@@ -488,7 +490,8 @@ def plan_lines(
     ]
     gpu, micro, accumulation = cluster.gpu, args.per_device_train_batch_size, args.gradient_accumulation_steps
     peers = f"NVLink {gpu.nvlink / 1e9:.0f} GB/s" if gpu.nvlink else "no NVLink"
-    share = f"{NVLINK_SHARE:.0%} of NVLink" if gpu.nvlink else f"{PEER_SHARE:.0%} of PCIe between GPUs"
+    shares = f"{NVLINK_SHARE:.0%} of NVLink, " if gpu.nvlink else f"{PEER_SHARE:.0%} of PCIe between GPUs, "
+    shares = shares * (cluster.gpus > 1) + f"{NETWORK_SHARE:.0%} of the network, " * (cluster.machines > 1)
     room = usable_memory(gpu.memory, args)
     network = f", network {cluster.network / 1e9:.1f} GB/s a machine" if cluster.network else ""
     lines = [
@@ -498,8 +501,7 @@ def plan_lines(
         f"{gpu.memory / 1e9:.0f} GB, {gpu.flops / 1e12:.0f} TFLOP/s, {peers}, PCIe {gpu.pcie / 1e9:.0f} GB/s"
         f"{network}, each way ({gpu.source})",
         f"assumed     {PEAK_SHARE:.0%} of the TFLOP/s, {1000 * LAYER_SECONDS:.0f} ms more a layer and microbatch, "
-        f"{share}, {NETWORK_SHARE:.0%} of the network, {OVERLAP:.0%} of overlap, "
-        f"{cluster.pcie_rate / gpu.pcie:.0%} of PCIe; all experts equally busy",
+        f"{shares}{OVERLAP:.0%} of overlap, {cluster.pcie_rate / gpu.pcie:.0%} of PCIe; all experts equally busy",
         f"batch       {micro} rows x {accumulation} microbatches x {cluster.gpus} ranks = "
         f"{micro * accumulation * cluster.gpus} rows of {max_length} tokens a step",
         "estimates   none of it measured: GB of GPU memory; of a machine's host memory; a step's bytes in GB each "
@@ -513,13 +515,16 @@ def plan_lines(
         return [
             *lines,
             f"nothing fits in {FIT:.0%} of {room / 1e9:.0f} GB: use --gradient-checkpointing, a smaller "
-            "--batch-size with more --gradient-accumulation-steps, or more GPUs",
+            "--batch-size with more --gradient-accumulation-steps, or more GPUs"
+            + "; streamed experts need less"
+            * all(f.combination.placement == "resident" for f in found),
         ]
     name = f"{size}_plan.json"
     idle = [flag.split()[0] for flag in idle_expert_flags(args, chosen.combination.placement)]
     words = launch_words(chosen, cluster, given, name, idle)
     lines += [
-        f"fastest     {', '.join(' '.join(pair) for pair in zip(COLUMNS[:3], cells(chosen)[:3], strict=True))}"
+        f"fastest     {', '.join(' '.join(pair) for pair in zip(COLUMNS[:3], cells(chosen)[:3], strict=True))}: "
+        f"{chosen.memory.device / 1e9:.1f} GB of a GPU, {chosen.tokens_per_second:,.0f} tokens/s"
     ]
     lines += [f"run         {shlex.join(words)}"]
     if chosen.combination.json is None:

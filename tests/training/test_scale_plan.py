@@ -1,6 +1,7 @@
 """Planning on paper: the bytes against ranks that are counted one by one, the time against what was measured."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -214,6 +215,7 @@ def test_what_is_compared():
         ({"placement": "zero3"}, ("--placement zero3",)),
         ({"deepspeed_config": "7B_a100_node"}, ("--deepspeed-config",)),
         ({"precision": "fp32"}, ("--precision fp32",)),
+        ({"resume": "outputs/run"}, ("--resume", "use --init-from")),
         ({"device": "cpu"}, ("--device cpu",)),
         ({"stage": "cache"}, ("--stage cache",)),
         ({"expert_store": "nvme", "nvme_path": "/tmp"}, ("--expert-store nvme",)),
@@ -354,6 +356,25 @@ def test_where_nothing_fits_it_says_what_to_do():
     lines, found = lines_of("--model-size 13B --plan --gpus 1 --gpu l4 --placement resident")
     assert not any(forecast.fits for forecast in found)
     assert lines[-1].startswith("nothing fits in 90% of 24 GB") and "--gradient-checkpointing" in lines[-1]
+    assert lines[-1].endswith("streamed experts need less")
+    *_, last = lines_of("--model-size 13B --plan --gpus 1 --gpu l4 --batch-size 256")[0]
+    assert last.startswith("nothing fits") and last.endswith("more GPUs")
+
+
+def test_it_names_the_shares_of_what_takes_part_and_what_is_fastest():
+    def lines_with(*words: str) -> tuple[str, str]:
+        lines, _ = lines_of(" ".join(("--plan --model-size 1B", *words)))
+        return tuple(next(line for line in lines if line.startswith(name)) for name in ("assumed", "fastest"))
+
+    (alone, _), (machine, fastest), (two, _) = (
+        lines_with(words) for words in ("--gpus 1", "--gpus 8 --gpu l4", "--gpus 16 --interconnect 100Gb")
+    )
+    assert "NVLink" not in alone and "network" not in alone
+    assert "50% of PCIe between GPUs" in machine and "network" not in machine
+    assert "55% of NVLink, 80% of the network" in two
+    assert re.fullmatch(
+        r"fastest +experts resident, ZeRO 1, ep 8: [\d.]+ GB of a GPU, [\d,]+ tokens/s", fastest
+    )
 
 
 def test_it_imports_no_torch():
