@@ -48,7 +48,7 @@ def settings_of(run: RunArguments) -> dict:
 def starting_point(run: RunArguments):
     """(configuration, tokenizer, weights or None) from --resume, --init-from or --model-size."""
     from data.tokenizer_asset import load_tokenizer
-    from model.presets import check_agreement, config_from_arguments
+    from model.presets import check_agreement, config_from_arguments, rerouted
     from training import checkpoint as disk
     from training.weights import directory_weights, initial_weights
 
@@ -64,7 +64,9 @@ def starting_point(run: RunArguments):
         )
         return config, tokenizer, None
     config = disk.load_config(origin)
-    check_agreement(run.model, config, origin)
+    if "routing" in run.given and not run.training.resume:
+        config = rerouted(config, run.model)
+    check_agreement(run.model, config, origin, run.given)
     config.router_aux_loss_coef, config.router_z_loss_coef = (
         run.model.router_aux_loss_coef,
         run.model.router_z_loss_coef,
@@ -129,7 +131,7 @@ def plan(run: RunArguments) -> int:
         run.plan.cluster,
         size=size_of(config),
         max_length=run.data.max_length,
-        argv=run.argv,
+        given=run.given,
     )
     print("\n".join(lines))
     return 0

@@ -117,7 +117,7 @@ def cells(args: argparse.Namespace, jsons: Path, gpus: list[int]) -> Iterator[Ce
     """All cells on these numbers of GPUs, baselines after what they are compared with.
 
     Raises:
-        SystemExit: rows of a step that do not divide among the GPUs.
+        SystemExit: rows of a step that do not divide among the GPUs, or ranks that can share no experts.
     """
     step_rows = args.step_rows or args.batch_size
     if min(gpus) < 1:
@@ -125,6 +125,14 @@ def cells(args: argparse.Namespace, jsons: Path, gpus: list[int]) -> Iterator[Ce
     uneven = [count for count in gpus if "strong" in args.scaling and step_rows % count]
     if uneven:
         raise SystemExit(f"--step-rows {step_rows} do not divide among {uneven[0]} GPUs: use another number")
+    sizes = args.model_size or MODEL_SIZES["resident"]
+    possible = {share for size in sizes for count in gpus for share in shares(size, count)}
+    for share in args.expert_parallel or ():
+        if "resident" in args.placement and share not in possible:
+            raise SystemExit(
+                f"--expert-parallel {share} must divide the GPUs and the experts of a layer: use "
+                f"{', '.join(map(str, sorted(possible)))}, or other --num-gpus"
+            )
     rows = {"weak": lambda count: args.batch_size, "strong": lambda count: step_rows // count}
     for placement in args.placement:
         for size in args.model_size or MODEL_SIZES[placement]:
@@ -149,6 +157,12 @@ def cells(args: argparse.Namespace, jsons: Path, gpus: list[int]) -> Iterator[Ce
                         yield replace(cell, trace=trace_file(args.trace, cell)) if is_traced else cell
 
 
+def shares(size: str, count: int) -> list[int]:
+    """How many ranks may share the experts of a layer: divisors of both the experts and the ranks."""
+    common = math.gcd(PRESETS[size].num_experts, count)
+    return [share for share in range(1, common + 1) if common % share == 0]
+
+
 def layouts(
     args: argparse.Namespace, placement: str, size: str, stage: int | None, count: int, jsons: Path
 ) -> Iterator[dict]:
@@ -157,9 +171,8 @@ def layouts(
         yield {"name": placement, "placement": placement}
         return
     path = stage_json(jsons / f"{size}_zero{stage}.json", size, stage)
-    common = math.gcd(PRESETS[size].num_experts, count)
-    for share in range(1, common + 1):
-        if common % share or (args.expert_parallel and share not in args.expert_parallel):
+    for share in shares(size, count):
+        if args.expert_parallel and share not in args.expert_parallel:
             continue
         for name in ("resident", *args.baseline):
             yield {

@@ -37,6 +37,15 @@ def record_places(entries: dict[str, tuple[torch.dtype, int]]) -> tuple[dict[str
     return places, end
 
 
+def leftovers(path: str) -> list[Path]:
+    """Directories of processes that were killed."""
+    return [
+        old
+        for old in Path(path).glob(f"{DIRECTORY}*")
+        if not Path("/proc", old.name.removeprefix(DIRECTORY).split("-")[0]).exists()
+    ]
+
+
 class Worker(threading.Thread):
     """Runs what it is given, in order, until it is told to stop."""
 
@@ -72,9 +81,8 @@ class Disk:
     ):
         from deepspeed.ops.op_builder import AsyncIOBuilder
 
-        for old in Path(path).glob(f"{DIRECTORY}*"):
-            if not Path("/proc", old.name.removeprefix(DIRECTORY).split("-")[0]).exists():
-                shutil.rmtree(old, ignore_errors=True)
+        for old in leftovers(path):
+            shutil.rmtree(old, ignore_errors=True)
         self.directory = tempfile.TemporaryDirectory(prefix=f"{DIRECTORY}{os.getpid()}-", dir=path)
         _, record = record_places(row_entries(layout, kept))
         library = AsyncIOBuilder().load(verbose=False)

@@ -7,6 +7,7 @@ stay, the total moves.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -127,13 +128,24 @@ def size_of(config: PragnosiaConfig) -> str:
     return "custom"
 
 
-def check_agreement(args: ModelArguments, config: PragnosiaConfig, origin: object) -> None:
-    """Refuse settings that contradict the model that training starts from; what is not given follows it.
+def rerouted(config: PragnosiaConfig, args: ModelArguments) -> PragnosiaConfig:
+    """The same model, whose weights serve either, with the routing of `args` and the pool that they name."""
+    kept = config.expert_pool if config.routing == args.routing else None
+    fields = {"routing": args.routing, "expert_pool": args.expert_pool or kept}
+    try:
+        return type(config).from_dict({**config.to_dict(), **fields})
+    except ValueError as error:
+        raise UserError(f"--routing {args.routing}: {error}") from None
+
+
+def check_agreement(
+    args: ModelArguments, config: PragnosiaConfig, origin: object, given: Container[str]
+) -> None:
+    """Refuse `given` settings that contradict the model that training starts from; all others follow it.
 
     Raises:
         UserError: names the flag and both values.
     """
-    default = ModelArguments()
     found = {
         "model_size": size_of(config),
         "hidden_size": config.hidden_size,
@@ -145,6 +157,6 @@ def check_agreement(args: ModelArguments, config: PragnosiaConfig, origin: objec
     }
     for name, value in found.items():
         asked = getattr(args, name)
-        if asked not in (value, getattr(default, name), "custom"):
+        if name in given and asked not in (value, "custom"):
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {asked}: the model in {origin} has {value}; leave {flag} out")

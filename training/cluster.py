@@ -118,6 +118,11 @@ class ClusterArguments(Checked):
             )
         if self.interconnect is not None:
             parse_interconnect(self.interconnect)
+            if self.gpus <= MACHINE:
+                raise UserError(
+                    f"--interconnect {self.interconnect}: {self.gpus} GPUs are one machine: leave it out, or give "
+                    "more --gpus"
+                )
 
     @property
     def cluster(self) -> Cluster:

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -41,7 +42,8 @@ class RunArguments:
     dry_run: bool
     list_datasets: bool
     local_rank: int
-    argv: list[str]
+    given: dict[str, Any]
+    """Field -> value, of the flags and the --config file."""
     plan: ClusterArguments | None
     """What --plan plans for; None without it."""
 
@@ -120,6 +122,22 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
 SETTINGS = (
     ModelArguments, DataArguments, TrainingArguments, MemoryArguments, CacheArguments, TreeArguments
 )  # fmt: skip
+FIELDS = {field.name: field for settings in SETTINGS for field in dataclasses.fields(settings)}
+ONE_SETTING = {"placement", "offload_to_cpu"}  # under two names
+
+
+def words_of(name: str, value: Any) -> list[str]:
+    """What sets a field on the command line; nothing for None."""
+    flag = flag_of(FIELDS[name])
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    return [] if value is None else [flag, str(value)]
+
+
+def _over(above: dict[str, Any], below: dict[str, Any]) -> dict[str, Any]:
+    """The fields of `above`, and those of `below` that it does not set."""
+    hidden = ONE_SETTING if ONE_SETTING & above.keys() else set()
+    return {name: value for name, value in below.items() if name not in hidden} | above
 
 
 def parse(argv: Sequence[str] | None = None, also_suggest: Sequence[str] = ()) -> RunArguments:
@@ -131,7 +149,6 @@ def parse(argv: Sequence[str] | None = None, also_suggest: Sequence[str] = ()) -
     Raises:
         UserError: unknown, doubled or misspelt settings, values of a wrong type or out of range.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(prog="train_ds.py", description="Train a Mixture-of-Experts language model.")
     parser.also_suggest = also_suggest
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags override it")
@@ -148,13 +165,15 @@ def parse(argv: Sequence[str] | None = None, also_suggest: Sequence[str] = ()) -
     for settings in (*SETTINGS, ClusterArguments):
         add_options(parser, settings)
     given = vars(parser.parse_args(argv))
-    values = _read_yaml(given["config"]) if given["config"] else {}
-    values.update(given)
+    from_file = _read_yaml(given["config"]) if given["config"] else {}
+    asked = values = _over({name: value for name, value in given.items() if name in FIELDS}, from_file)
     if values.get("resume"):
         recorded = _recorded_settings(values["resume"], given.get("output_dir"))
         if values.get("expert_store") == "host":  # back from the disk
             recorded = {n: v for n, v in recorded.items() if n not in ("nvme_path", "expert_ram")}
-        values = {**recorded, **values}
+        if values.get("routing") == "token":
+            recorded.pop("expert_pool", None)
+        values = _over(values, recorded)
     groups = (
         settings(**{f.name: values[f.name] for f in dataclasses.fields(settings) if f.name in values})
         for settings in SETTINGS
@@ -163,7 +182,7 @@ def parse(argv: Sequence[str] | None = None, also_suggest: Sequence[str] = ()) -
     if planned and not given["plan"]:
         raise UserError(f"--{next(iter(planned))} is for --plan: leave it out, or add --plan")
     plan = ClusterArguments(**planned) if given["plan"] else None
-    return RunArguments(*groups, given["dry_run"], given["list_datasets"], given["local_rank"], argv, plan)
+    return RunArguments(*groups, given["dry_run"], given["list_datasets"], given["local_rank"], asked, plan)
 
 
 def _recorded_settings(resume: str, output_dir: str | None) -> dict[str, Any]:
@@ -184,7 +203,7 @@ def _recorded_settings(resume: str, output_dir: str | None) -> dict[str, Any]:
             f"--output-dir {output_dir}: a resumed run goes on in {run}; leave it out, or start a new run there "
             f"from its weights with --init-from"
         )
-    names = {field.name for settings in SETTINGS for field in dataclasses.fields(settings)} - {"resume"}
+    names = FIELDS.keys() - {"resume"}
     return {name: value for group in groups.values() for name, value in group.items() if name in names}
 
 
@@ -204,15 +223,16 @@ def _read_yaml(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(node, yaml.MappingNode):
         raise UserError(f"--config {path}: expected lines of the form `setting: value`")
-    fields = {}
-    for settings in SETTINGS:
-        for field in dataclasses.fields(settings):
-            fields[field.name] = fields[flag_of(field)[2:].replace("-", "_")] = field.name
+    flags = {flag_of(field)[2:].replace("-", "_"): name for name, field in FIELDS.items()}
+    fields = flags | {name: name for name in FIELDS}
+    planned = {field.name for field in dataclasses.fields(ClusterArguments)}
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         where = f"--config {path} line {key_node.start_mark.line + 1}"
         key = str(key_node.value)
         name = fields.get(key.replace("-", "_"))
+        if key in planned:
+            raise UserError(f"{where}: {key} is for --plan, on the command line: --plan --{key} …")
         if name is None:
             raise UserError(f"{where}: unknown setting {key}{did_you_mean(key, fields)}")
         if name in values:
@@ -228,6 +248,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
 def run_script(main: Callable[[], int | None]) -> typing.NoReturn:
     """Runs a script's `main` and exits: a UserError is one `error:` line and exit code 2, Ctrl-C is 130."""
     rank = int(os.environ.get("RANK", "0"))
+    signal.pthread_sigmask(
+        signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM)
+    )  # which its launcher has blocked
     try:
         sys.exit(main() or 0)
     except UserError as error:

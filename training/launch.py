@@ -96,6 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = parse(
             rest, also_suggest=[*parser._option_string_actions]
         )  # a bad option fails here, before any rank starts
+        if settings.plan and asks_for_ranks:
+            raise UserError(
+                "--plan starts no ranks: leave out --num-gpus, --num-nodes and --hostfile, and say --gpus"
+            )
         if settings.list_datasets or settings.plan:
             os.execv(sys.executable, alone)
         device = settings.training.device

@@ -93,20 +93,7 @@ def make_plan(
     Raises:
         UserError: settings that contradict each other.
     """
-    if config.routing == "step" and args.export_format == "qwen3_moe":
-        raise UserError(
-            "--export-format qwen3_moe: Qwen3-MoE has no expert pools; leave it out, or use --routing token"
-        )
-    if args.load_balance == "bias" and config.routing == "step":
-        raise UserError(
-            "--load-balance bias is for --routing token: --routing step balances its pools by itself; leave it out"
-        )
-    if (args.load_balance == "bias" or config.router_bias) and args.export_format == "qwen3_moe":
-        raise UserError(
-            "--export-format qwen3_moe: a Qwen3-MoE router has no bias; leave it out"
-            + ("" if config.router_bias else ", or use --load-balance aux")
-        )
-    check_components(config, args)
+    check_model(config, args)
     precision = args.precision or ("bf16" if device == "cuda" else "fp32")
     nodes = math.ceil(world_size / int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
     preset = size if size in deepspeed_config.NOMINAL_PARAMETERS else deepspeed_config.nearest_preset(
@@ -198,10 +185,24 @@ def make_plan(
     return plan
 
 
-def check_components(config: PragnosiaConfig, args: TrainingArguments) -> None:
-    """Raises UserError where a component does not fit the model, or the exported format has none."""
+def check_model(config: PragnosiaConfig, args: TrainingArguments) -> None:
+    """Raises UserError where a component does not fit the model, the balance of load its routing, or either the
+    exported format."""
     from training.components import COMPONENTS
 
+    if config.routing == "step" and args.export_format == "qwen3_moe":
+        raise UserError(
+            "--export-format qwen3_moe: Qwen3-MoE has no expert pools; leave it out, or use --routing token"
+        )
+    if args.load_balance == "bias" and config.routing == "step":
+        raise UserError(
+            "--load-balance bias is for --routing token: --routing step balances its pools by itself; leave it out"
+        )
+    if (args.load_balance == "bias" or config.router_bias) and args.export_format == "qwen3_moe":
+        raise UserError(
+            "--export-format qwen3_moe: a Qwen3-MoE router has no bias; leave it out"
+            + ("" if config.router_bias else ", or use --load-balance aux")
+        )
     try:
         config.check_components()
     except ValueError as error:
@@ -284,10 +285,13 @@ def plan_disk(
 ) -> StreamPlan:
     """The same with as many layers on the disk as --expert-ram has no room for.
 
+    What a killed run left on it counts as free, since `Disk` removes it.
+
     Raises:
         UserError: a directory that cannot be used, no room on its disk, or none for the buffers.
     """
     from experts.host_memory import available_bytes
+    from experts.nvme_store import leftovers
 
     deepspeed_config.check_nvme_path(args.nvme_path, "use another --nvme-path")
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -309,7 +313,8 @@ def plan_disk(
     if plan.host > room:
         in_memory = int((room - buffers) // layer)
     on_disk = config.num_hidden_layers - in_memory
-    free = shutil.disk_usage(args.nvme_path).free
+    left = sum(file.stat().st_blocks for old in leftovers(args.nvme_path) for file in old.iterdir())
+    free = shutil.disk_usage(args.nvme_path).free + 512 * left
     if on_disk * layer * ranks_here > free:
         raise UserError(
             f"--nvme-path {args.nvme_path}: {on_disk * layer * ranks_here / 1e9:,.1f} GB of experts do not fit in "
@@ -342,5 +347,9 @@ def _device_memory(device: str, args: TrainingArguments) -> float:
         return float("inf")
     import torch
 
-    total = float(torch.cuda.get_device_properties(0).total_memory)
-    return min(total, parse_size("--gpu-memory", args.gpu_memory)) if args.gpu_memory else total
+    return usable_memory(torch.cuda.get_device_properties(0).total_memory, args)
+
+
+def usable_memory(total: float, args: TrainingArguments) -> float:
+    """Bytes of a GPU's `total` that the run may use."""
+    return min(total, parse_size("--gpu-memory", args.gpu_memory)) if args.gpu_memory else float(total)

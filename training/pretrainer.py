@@ -159,9 +159,8 @@ class Pretrainer:
             Path(args.output_dir).expanduser().absolute() / run_name, self.resume_from, self.is_main
         )
         self.step = self.epoch = self.step_in_epoch = self.bad_steps = self.bad_validations = self.tokens = 0
-        self.best_loss = float("inf")
-        self.last_saved = -1
-        self.signal_number = 0
+        self.best_loss, self.last_saved = float("inf"), -1
+        self.signal_number, self.asked_at = 0, float("inf")
 
     # -- the run ---------------------------------------------------------------------------------------------
 
@@ -563,9 +562,10 @@ class Pretrainer:
             print(f"the emergency checkpoint could not be written: {failure}", file=sys.stderr)
 
     def _on_signal(self, number: int, _frame) -> None:
-        if self.signal_number:
+        now = time.monotonic()
+        if now > self.asked_at + 1:  # sooner it is the same request, which a launcher passed on
             raise KeyboardInterrupt  # asked twice: leave now
-        self.signal_number = number
+        self.signal_number, self.asked_at = self.signal_number or number, min(self.asked_at, now)
 
     def _stop_if_asked(self) -> None:
         number = self.signal_number

@@ -17,17 +17,25 @@ import json
 import math
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from experts.budget import bytes_per_value
 from training import deepspeed_config
 from training.cluster import LATENCY, MACHINE, NETWORK_SHARE, NVLINK_SHARE, PEER_SHARE, Cluster
-from training.config import TrainingArguments, UserError
+from training.command_line import FIELDS, words_of
+from training.config import TrainingArguments, UserError, flag_of
 from training.deepspeed_config import resolve_expert_parallel
 from training.estimate import MemoryEstimate, estimate
-from training.plan import FIT, idle_expert_flags, plan_stream
+from training.plan import (
+    FIT,
+    check_model,
+    has_frozen_experts,
+    idle_expert_flags,
+    plan_stream,
+    usable_memory,
+)
 
 if TYPE_CHECKING:
     from model.config import PragnosiaConfig
@@ -40,8 +48,7 @@ FETCH_SECONDS = 5e-4  # of Python for each module that ZeRO-3 fetches; measured 
 FETCHED = 6  # such modules of a layer: four projections of attention, the router, the bank
 ALIKE = 1.02  # steps that differ by less are equally fast: the estimate is no finer
 ZERO_3 = "13B_a100_cluster.json"  # whose window of ZeRO-3 every preset takes
-PLAN_SWITCHES = ("--plan", "--offload-to-cpu", "--no-offload-to-cpu")
-PLAN_FLAGS = ("--gpus", "--gpu", "--interconnect", "--placement", "--expert-parallel-size")
+CHOSEN = ("--placement", "--offload-to-cpu", "--expert-parallel-size")
 STREAMED = ("streamed.json", "streamed_offload.json", "streamed_zero3.json")
 
 
@@ -286,9 +293,9 @@ def forecast(
     max_length: int,
 ) -> Forecast:
     """All of it for one combination."""
-    stream = None
+    stream, room = None, usable_memory(cluster.gpu.memory, args)
     if combination.placement == "streamed":
-        stream = plan_stream(config, args, "bf16", cluster.gpus, cluster.gpu.memory)
+        stream = plan_stream(config, args, "bf16", cluster.gpus, room)
     memory = estimate(
         config,
         {"zero_optimization": combination.zero},
@@ -306,7 +313,7 @@ def forecast(
     compute = compute_time(config, args, cluster, max_length, streamed=stream is not None)
     traffic = traffic_of(config, args, combination, cluster, tokens, stream.state if stream else "bf16")
     communication, waiting = waiting_time(traffic, combination, cluster, compute, args)
-    fits = memory.device <= FIT * cluster.gpu.memory
+    fits = memory.device <= FIT * room
     tokens *= args.gradient_accumulation_steps * cluster.gpus
     return Forecast(combination, memory, fits, traffic, compute, communication, waiting, tokens, cluster.gpus)
 
@@ -323,14 +330,22 @@ def combinations(
     placement = args.requested_placement
     if placement == "zero3":
         raise UserError("--plan compares resident and streamed experts: leave --placement zero3 out")
+    if args.resume:
+        raise UserError("--plan compares placements and ZeRO stages, which --resume keeps: use --init-from")
     if args.deepspeed_config:
         raise UserError(
             "--plan compares ZeRO stages and says which JSON to use: leave --deepspeed-config out"
         )
+    if args.device == "cpu":
+        raise UserError("--plan is for GPUs: leave --device cpu out")
     if args.precision not in (None, "bf16"):
         raise UserError(f"--plan is for bf16: leave --precision {args.precision} out")
     if args.expert_store == "nvme":
         raise UserError("--plan knows no disks: leave --expert-store nvme out")
+    if has_frozen_experts(config, args):
+        raise UserError(
+            "--plan is for experts that learn: leave --stage cache, or --coprocessor copy, out of it"
+        )
     if placement != "auto":
         for flag, placements in idle_expert_flags(args, placement).items():
             raise UserError(
@@ -426,20 +441,13 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def launch_words(
-    found: Forecast, cluster: Cluster, argv: Sequence[str], file: str, idle: Sequence[str] = ()
+    found: Forecast, cluster: Cluster, given: Mapping[str, Any], file: str, idle: Sequence[str] = ()
 ) -> list[str]:
-    """The command that runs a combination: the words of `--plan`'s own that are not about planning nor among the
-    flags that would be `idle`, and what was chosen; `file` is where its JSON will be."""
-    chosen, words, skip = found.combination, [], False
-    for word in argv:
-        flag, equals, _ = word.partition("=")
-        flag = flag.replace("_", "-")
-        if skip or flag in PLAN_SWITCHES:
-            skip = False
-        elif flag in PLAN_FLAGS or flag in idle:
-            skip = not equals
-        else:
-            words.append(word)
+    """The command that runs a combination: the fields that were given, but for flags that would be `idle`, and
+    what was chosen; `file` is where its JSON will be."""
+    chosen = found.combination
+    kept = (name for name in given if flag_of(FIELDS[name]) not in (*CHOSEN, *idle))
+    words = [word for name in kept for word in words_of(name, given[name])]
     words += ["--placement", chosen.placement]
     if chosen.json is None:
         words += ["--deepspeed-config", file]
@@ -468,9 +476,10 @@ def plan_lines(
     *,
     size: str,
     max_length: int,
-    argv: Sequence[str],
+    given: Mapping[str, Any],
 ) -> list[str]:
-    """What `--plan` prints. `size` is a preset or custom, `argv` the command line."""
+    """What `--plan` prints. `size` is a preset or custom, `given` what the user set."""
+    check_model(config, args)
     parameters = config.num_params()
     preset = (
         size if size in deepspeed_config.NOMINAL_PARAMETERS else deepspeed_config.nearest_preset(parameters)
@@ -481,7 +490,9 @@ def plan_lines(
     ]
     gpu, micro, accumulation = cluster.gpu, args.per_device_train_batch_size, args.gradient_accumulation_steps
     peers = f"NVLink {gpu.nvlink / 1e9:.0f} GB/s" if gpu.nvlink else "no NVLink"
-    share = f"{NVLINK_SHARE:.0%} of NVLink" if gpu.nvlink else f"{PEER_SHARE:.0%} of PCIe between GPUs"
+    shares = f"{NVLINK_SHARE:.0%} of NVLink, " if gpu.nvlink else f"{PEER_SHARE:.0%} of PCIe between GPUs, "
+    shares = shares * (cluster.gpus > 1) + f"{NETWORK_SHARE:.0%} of the network, " * (cluster.machines > 1)
+    room = usable_memory(gpu.memory, args)
     network = f", network {cluster.network / 1e9:.1f} GB/s a machine" if cluster.network else ""
     lines = [
         f"model       {parameters / 1e6:,.1f}M parameters, {config.active_params() / 1e6:,.1f}M active; "
@@ -490,8 +501,7 @@ def plan_lines(
         f"{gpu.memory / 1e9:.0f} GB, {gpu.flops / 1e12:.0f} TFLOP/s, {peers}, PCIe {gpu.pcie / 1e9:.0f} GB/s"
         f"{network}, each way ({gpu.source})",
         f"assumed     {PEAK_SHARE:.0%} of the TFLOP/s, {1000 * LAYER_SECONDS:.0f} ms more a layer and microbatch, "
-        f"{share}, {NETWORK_SHARE:.0%} of the network, {OVERLAP:.0%} of overlap, "
-        f"{cluster.pcie_rate / gpu.pcie:.0%} of PCIe; all experts equally busy",
+        f"{shares}{OVERLAP:.0%} of overlap, {cluster.pcie_rate / gpu.pcie:.0%} of PCIe; all experts equally busy",
         f"batch       {micro} rows x {accumulation} microbatches x {cluster.gpus} ranks = "
         f"{micro * accumulation * cluster.gpus} rows of {max_length} tokens a step",
         "estimates   none of it measured: GB of GPU memory; of a machine's host memory; a step's bytes in GB each "
@@ -504,14 +514,17 @@ def plan_lines(
     if chosen is None:
         return [
             *lines,
-            f"nothing fits in {FIT:.0%} of {gpu.memory / 1e9:.0f} GB: use --gradient-checkpointing, a smaller "
-            "--batch-size with more --gradient-accumulation-steps, or more GPUs",
+            f"nothing fits in {FIT:.0%} of {room / 1e9:.0f} GB: use --gradient-checkpointing, a smaller "
+            "--batch-size with more --gradient-accumulation-steps, or more GPUs"
+            + "; streamed experts need less"
+            * all(f.combination.placement == "resident" for f in found),
         ]
     name = f"{size}_plan.json"
     idle = [flag.split()[0] for flag in idle_expert_flags(args, chosen.combination.placement)]
-    words = launch_words(chosen, cluster, argv, name, idle)
+    words = launch_words(chosen, cluster, given, name, idle)
     lines += [
-        f"fastest     {', '.join(' '.join(pair) for pair in zip(COLUMNS[:3], cells(chosen)[:3], strict=True))}"
+        f"fastest     {', '.join(' '.join(pair) for pair in zip(COLUMNS[:3], cells(chosen)[:3], strict=True))}: "
+        f"{chosen.memory.device / 1e9:.1f} GB of a GPU, {chosen.tokens_per_second:,.0f} tokens/s"
     ]
     lines += [f"run         {shlex.join(words)}"]
     if chosen.combination.json is None:

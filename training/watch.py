@@ -2,8 +2,8 @@
 
 The DeepSpeed launcher answers Ctrl-C by killing the ranks after 30 seconds, too short for a large checkpoint,
 and does not say which rank failed. So it runs in a session of its own, where the terminal's Ctrl-C does not
-reach it; this process passes the signal to the ranks alone, waits as long as they write, and names the first
-that fails.
+reach it, with SIGINT and SIGTERM blocked, for `pkill -f` sends them to everyone; this process passes the signal
+to the ranks alone, waits as long as they write, and names the first that fails.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from typing import TextIO
 import psutil
 
 POLL_SECONDS = 0.1
+BLOCKED = (signal.SIGINT, signal.SIGTERM)  # in the launcher; what it starts inherits it, see `run_script`
 STOP_SECONDS = 30  # for ranks whose peer has failed, or whose output nobody reads: then they are killed
 
 
@@ -45,9 +46,11 @@ class Watch:
 
     def run(self) -> int:
         """Runs to the end; returns 0, the failed rank's exit code, or 128 + the signal that ended the run."""
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
         self._start()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (*BLOCKED, signal.SIGHUP):
             signal.signal(number, self._interrupt)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         while self.launcher.poll() is None:
             self._look()
             if self.interrupted is None and self.is_part and is_hung_up(sys.stdout):
@@ -94,7 +97,7 @@ class Watch:
         if self.ranks:
             self._signal_ranks(signal.SIGTERM if number == signal.SIGHUP else number)
         else:  # none runs yet
-            os.killpg(self.launcher.pid, signal.SIGTERM)
+            self._kill()
 
     def _kill(self) -> None:
         os.killpg(self.launcher.pid, signal.SIGKILL)
@@ -176,7 +179,7 @@ class MpiWatch(Watch):
             for mpirun in started:
                 mpirun.send_signal(signal.SIGUSR1)
             if not started:
-                os.killpg(self.launcher.pid, signal.SIGTERM)
+                self._kill()
 
 
 def say_stopping(number: int) -> None:

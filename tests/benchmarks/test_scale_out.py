@@ -52,13 +52,15 @@ def test_every_divisor_shares_experts_and_baselines_stand_beside(tmp_path):
     named = [(c.num_gpus, c.expert_parallel_size, c.placement) for c in wanted(tmp_path, *flags)]
     shares = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)]
     assert named == [(*s, p) for s in shares for p in ("resident", "autoep", "deepspeed.moe")]
-    few = wanted(tmp_path, *flags, "--expert-parallel", "2", "3", "--baseline", "autoep")
+    few = wanted(tmp_path, *flags, "--expert-parallel", "2", "--baseline", "autoep")
     assert [(c.num_gpus, c.placement) for c in few] == [
         (n, p) for n in (2, 4) for p in ("resident", "autoep")
     ]
     odd = wanted(tmp_path, *flags, "--baseline", gpus=[3, 6])  # 16 experts
     assert [(c.num_gpus, c.expert_parallel_size) for c in odd] == [(3, 1), (6, 1), (6, 2)]
     assert all(not c.router_losses and c.record for c in few + odd)
+    with pytest.raises(SystemExit, match=r"^--expert-parallel 3 .* use 1, 2, 4, or other --num-gpus$"):
+        wanted(tmp_path, *flags, "--expert-parallel", "2", "3")
 
 
 def test_rows_of_weak_and_strong_scaling(tmp_path):

@@ -36,6 +36,7 @@ def test_a_malformed_interconnect_is_one_line_with_one_that_is_not(text, nearest
         ({"gpus": 64}, ("--gpus 64 are 8 machines", "--interconnect")),
         ({"gpus": 64, "interconnect": "200"}, ("--interconnect 200", "did you mean 200Gb?")),
         ({"gpus": 2, "interconnect": "200"}, ("--interconnect 200",)),
+        ({"gpus": 8, "interconnect": "200Gb"}, ("--interconnect 200Gb", "8 GPUs are one machine", "--gpus")),
     ],
 )
 def test_what_cannot_be_planned_for_is_one_line(settings, words):

@@ -146,6 +146,7 @@ def test_bad_words_are_one_clear_line(words, message):
         ("deterministic: 1", "--deterministic must be true or false, not 1"),
         ("dataset: {a: b}", "--dataset must be a text"),
         ("seed: null", "--seed needs a value"),
+        ("seed: 1\ngpus: 64", "line 2: gpus is for --plan, on the command line"),
     ],
 )
 def test_bad_yaml_is_one_clear_line(tmp_path, text, message):
@@ -171,6 +172,16 @@ def test_flags_override_the_yaml_file(tmp_path):
     assert run.training.reporters == ["none"]
     assert run.training.deterministic is False
     assert run.data.dataset == "7"
+
+
+@pytest.mark.parametrize(
+    ("flag", "placement"), [("--placement=zero3", "zero3"), ("--no-offload-to-cpu", "resident")]
+)
+@pytest.mark.parametrize("below", ["offload_to_cpu: true", "placement: streamed"])
+def test_a_flag_overrides_the_other_name_of_its_setting(tmp_path, below, flag, placement):
+    path = tmp_path / "run.yaml"
+    path.write_text(below)
+    assert parse(["--config", str(path), flag]).training.requested_placement == placement
 
 
 def test_python_api_gives_the_same_errors():

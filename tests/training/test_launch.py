@@ -24,6 +24,7 @@ rank, mode = int(os.environ["RANK"]), sys.argv[-1]
 signals = []
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, frame: signals.append(number))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
 size, threads = os.environ["WORLD_SIZE"], os.environ["OMP_NUM_THREADS"]
 print(f"rank {rank} of {size} ready, {threads} threads", *sys.argv[2:], flush=True)
 time.sleep(0.5)
@@ -121,6 +122,23 @@ def test_a_signal_reaches_every_rank_once_and_they_have_time(tmp_path, number):
     passed_on = signal.SIGTERM if number == signal.SIGHUP else number
     for rank in (0, 1):
         assert f"rank {rank} saved after [{int(passed_on)}]" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_does_not_end_the_launcher(tmp_path, number):
+    """As `pkill -f` sends it: to the watch, DeepSpeed's two launchers and the ranks."""
+    run = Run(tmp_path, "save slowly")
+    run.wait_ready()
+    processes = [run.process, *psutil.Process(run.process.pid).children(recursive=True)]
+    assert len(processes) == 5
+    for process in processes:
+        process.send_signal(number)
+    code, output = run.end()
+    assert code == 128 + number
+    assert "Traceback" not in output
+    for rank in (0, 1):
+        assert f"rank {rank} saved after [{int(number)}" in output
 
 
 @pytest.mark.slow
@@ -232,6 +250,11 @@ def test_no_secret_is_in_the_command_line_of_another_machine(monkeypatch):
     line = on_machine(["python"])
     assert "NCCL_DEBUG" in line
     assert not any(name in line for name in ("WANDB_API_KEY", "HF_TOKEN", "HOME", "CUDA_VISIBLE_DEVICES"))
+
+
+def test_a_plan_takes_its_gpus_from_its_own_flag():
+    with pytest.raises(UserError, match=r"--plan starts no ranks: .* say --gpus"):
+        main(["train_ds.py", "--plan", "--num-gpus", "64"])
 
 
 def test_a_rank_of_srun_starts_no_ranks(monkeypatch):

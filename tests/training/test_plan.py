@@ -1,6 +1,7 @@
 """What a run will be: streamed experts within their budget, flags that contradict, memory as it was estimated."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -10,6 +11,7 @@ import pytest
 
 from experts.budget import device_bytes
 from experts.host_memory import available_bytes
+from experts.nvme_store import DIRECTORY
 from model.components import MemoryConfig
 from model.presets import preset_config
 from tests.training.runs import REPOSITORY, environment
@@ -161,6 +163,26 @@ def test_the_least_budget_that_is_named_works():
     assert (plan.page_size, plan.stream.num_slots) == (1, 2)
     sizes = {"state": "fp32", "precision": "fp32", "accumulate": False, "ranks": 1}
     assert device_bytes(config, 1, 2, **sizes) == plan.stream.device
+
+
+def test_what_a_killed_run_left_on_the_disk_counts_as_free(tmp_path, monkeypatch):
+    """And not the files of a process that runs."""
+    monkeypatch.setattr("training.deepspeed_config.check_nvme_path", lambda *_: None)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=4e6))
+    config = preset_config("tiny")
+    nvme = {"expert_store": "nvme", "nvme_path": str(tmp_path), "expert_ram": "20MB", "expert_page_size": 1}
+
+    def left_by(process: int) -> None:
+        directory = tmp_path / f"{DIRECTORY}{process}-left"
+        directory.mkdir()
+        with open(directory / "layer-000", "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, 80_000_000)
+
+    left_by(os.getpid())
+    with pytest.raises(UserError, match="do not fit"):
+        plan_of(config, placement="streamed", **nvme)
+    left_by(2**22 + 1)  # more than the kernel gives out
+    assert plan_of(config, placement="streamed", **nvme).stream.disk > 4e6
 
 
 def test_auto_says_which_flags_of_streamed_experts_it_did_not_need():

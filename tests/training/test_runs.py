@@ -112,6 +112,8 @@ def test_a_signal_saves_and_the_run_can_go_on(data, uninterrupted, tmp_path, num
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(number)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # the same request, of a launcher that heard it too
     code, text = finish([process])
     assert code == 128 + number, text
     (directory,) = (tmp_path / "out").glob("pragnosia_*")

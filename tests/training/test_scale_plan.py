@@ -1,6 +1,7 @@
 """Planning on paper: the bytes against ranks that are counted one by one, the time against what was measured."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import training.scale_plan as scale
 from model.causal_lm import PragnosiaForCausalLM
-from model.presets import preset_config
+from model.presets import config_from_arguments, preset_config, size_of
 from training.cluster import GPUS, Cluster, parse_interconnect
-from training.command_line import parse
+from training.command_line import FIELDS, parse, words_of
 from training.config import TrainingArguments, UserError
 from training.deepspeed_config import default_path
 from training.launch import launcher_parser
-from training.plan import FIT, make_plan
+from training.plan import FIT, make_plan, usable_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = Cluster(GPUS["a100-80"], 64, parse_interconnect("200Gb"))
@@ -214,6 +215,9 @@ def test_what_is_compared():
         ({"placement": "zero3"}, ("--placement zero3",)),
         ({"deepspeed_config": "7B_a100_node"}, ("--deepspeed-config",)),
         ({"precision": "fp32"}, ("--precision fp32",)),
+        ({"resume": "outputs/run"}, ("--resume", "use --init-from")),
+        ({"device": "cpu"}, ("--device cpu",)),
+        ({"stage": "cache"}, ("--stage cache",)),
         ({"expert_store": "nvme", "nvme_path": "/tmp"}, ("--expert-store nvme",)),
         ({"expert_parallel_size": 7}, ("--expert-parallel-size 7", "64 experts and 64 ranks", "use 4 or 8")),
         ({"expert_parallel_size": 8, "placement": "streamed"}, ("size 8 has no effect", "--placement resident")),
@@ -230,10 +234,10 @@ def test_what_is_not_planned_for_is_one_line(arguments, words):
 
 def lines_of(command: str) -> tuple[list[str], list[scale.Forecast]]:
     run = parse(command.split())
-    config = preset_config(run.model.model_size)
+    config = config_from_arguments(run.model)
     lines = scale.plan_lines(
         config, run.training, run.plan.cluster, size=run.model.model_size, max_length=run.data.max_length,
-        argv=run.argv,
+        given=run.given,
     )  # fmt: skip
     found = [
         scale.forecast(config, run.training, combination, run.plan.cluster, run.data.max_length)
@@ -252,6 +256,7 @@ def lines_of(command: str) -> tuple[list[str], list[scale.Forecast]]:
         "--model-size 13B --plan --gpus 8 --gpu rtx-4090 --gradient-checkpointing --offload-to-cpu",
         "--model-size 13B --plan --gpus 1 --gpu rtx-3090 --batch-size 8 --gradient-checkpointing",
         "--model-size 3B --plan --gpus 8 --expert-state int8 --expert-vram=512MB",
+        "--plan --gpu-memory 20GB --model-size 7B --gpus 8 --batch-size 16",
     ],
 )
 def test_what_is_recommended_is_what_would_run(command, tmp_path, monkeypatch):
@@ -270,7 +275,7 @@ def test_what_is_recommended_is_what_would_run(command, tmp_path, monkeypatch):
     settings = parse(rest)
     gpu = parse(command.split()).plan.cluster.gpu
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(min(8, ranks)))
-    monkeypatch.setattr("training.plan._device_memory", lambda *_: gpu.memory)
+    monkeypatch.setattr("training.plan._device_memory", lambda _, args: usable_memory(gpu.memory, args))
     plan = make_plan(
         preset_config(settings.model.model_size), settings.training, size=settings.model.model_size,
         max_length=settings.data.max_length, device="cuda", world_size=ranks,
@@ -281,15 +286,65 @@ def test_what_is_recommended_is_what_would_run(command, tmp_path, monkeypatch):
     assert plan.memory == best.memory
 
 
+def examples_of(name: str) -> list:
+    """Values of a setting that are not its default."""
+    default, (low, _), choices = FIELDS[name].default, *map(FIELDS[name].metadata.get, ("range", "choices"))
+    if choices:
+        return [choice for choice in choices if choice != default]
+    if "bool" in str(FIELDS[name].type):
+        return [value for value in (True, False) if value is not default]
+    if low is not None:
+        return [low + 2] if isinstance(low, int) and "float" not in str(FIELDS[name].type) else [0.25]
+    return ["2GB"]  # a size, or a name of something
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_setting_in_a_file_counts_as_its_flag(name, tmp_path):
+    """The same plan and the same command, or the same refusal."""
+
+    def outcome(*words: str) -> list[str]:
+        try:
+            run = parse(["--plan", *words])
+            config = config_from_arguments(run.model)
+            return scale.plan_lines(
+                config, run.training, run.plan.cluster, size=size_of(config), max_length=run.data.max_length,
+                given=run.given,
+            )  # fmt: skip
+        except UserError as error:
+            return [str(error)]
+
+    for value in examples_of(name):
+        file = tmp_path / "run.yaml"
+        file.write_text(json.dumps({name: value}))
+        assert outcome("--config", str(file)) == outcome(*words_of(name, value))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("offload_to_cpu: true\nlearning_rate: 1e-3", "--learning-rate 1e-3 --placement streamed"),
+        ("expert_vram: 1GB\nplacement: auto", "--placement resident --expert-parallel-size 8"),
+        ("offload_to_cpu: false\nexpert_parallel_size: 4", "--placement resident --expert-parallel-size 4"),
+        ("gpu_memory: 4GB\ndeterministic: true", "--gpu-memory 4GB --deterministic --placement streamed"),
+    ],
+)
+def test_settings_in_a_file_leave_a_command_that_runs(text, words, tmp_path):
+    """What was chosen replaces what the file says, and what would be idle is left out."""
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model_size: 3B\n{text}")
+    lines, _ = lines_of(f"--plan --config {file}")
+    run = next(line for line in lines if line.startswith("run ")).split(maxsplit=5)[5]
+    assert run == f"--model-size 3B {words}"
+    parse(run.split())
+
+
 def test_the_default_json_needs_no_file():
     lines, _ = lines_of("--model-size 3B --plan --placement resident --gpus 8 --expert-parallel-size 8")
     default = default_path("3B", "resident", "cuda", 8, 1)
     zero = json.loads(default.read_text())["zero_optimization"]
     chosen = scale.Combination("resident", zero, default.name, 8)
     found = scale.forecast(preset_config("3B"), TrainingArguments(), chosen, Cluster(GPUS["a100-80"], 8), 512)
-    words = scale.launch_words(
-        found, Cluster(GPUS["a100-80"], 8), ["--plan", "--epochs", "2"], "3B_plan.json"
-    )
+    words = scale.launch_words(found, Cluster(GPUS["a100-80"], 8), {"num_train_epochs": 2}, "3B_plan.json")
     assert words == [
         "./launch.sh", "train", "--num-gpus", "8", "--epochs", "2", "--placement", "resident",
         "--expert-parallel-size", "8",
@@ -301,6 +356,25 @@ def test_where_nothing_fits_it_says_what_to_do():
     lines, found = lines_of("--model-size 13B --plan --gpus 1 --gpu l4 --placement resident")
     assert not any(forecast.fits for forecast in found)
     assert lines[-1].startswith("nothing fits in 90% of 24 GB") and "--gradient-checkpointing" in lines[-1]
+    assert lines[-1].endswith("streamed experts need less")
+    *_, last = lines_of("--model-size 13B --plan --gpus 1 --gpu l4 --batch-size 256")[0]
+    assert last.startswith("nothing fits") and last.endswith("more GPUs")
+
+
+def test_it_names_the_shares_of_what_takes_part_and_what_is_fastest():
+    def lines_with(*words: str) -> tuple[str, str]:
+        lines, _ = lines_of(" ".join(("--plan --model-size 1B", *words)))
+        return tuple(next(line for line in lines if line.startswith(name)) for name in ("assumed", "fastest"))
+
+    (alone, _), (machine, fastest), (two, _) = (
+        lines_with(words) for words in ("--gpus 1", "--gpus 8 --gpu l4", "--gpus 16 --interconnect 100Gb")
+    )
+    assert "NVLink" not in alone and "network" not in alone
+    assert "50% of PCIe between GPUs" in machine and "network" not in machine
+    assert "55% of NVLink, 80% of the network" in two
+    assert re.fullmatch(
+        r"fastest +experts resident, ZeRO 1, ep 8: [\d.]+ GB of a GPU, [\d,]+ tokens/s", fastest
+    )
 
 
 def test_it_imports_no_torch():

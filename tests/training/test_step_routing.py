@@ -125,9 +125,36 @@ def test_another_run_starts_from_it(data, uninterrupted, tmp_path):
     assert [sum(layer) for layer in uses(directory / "checkpoint-2")] == [2 * 4] * 2
 
 
+def test_another_run_may_change_the_routing(data, uninterrupted, tmp_path):
+    """Away from pools, back to them, to larger ones: of the same weights."""
+    origin = uninterrupted[0]
+    still = ("--max-steps", "1", "--learning-rate", "0", "--local-learning-rate", "0")
+    for place, (flags, said) in enumerate(
+        (
+            (("--routing", "token"), "2 active\n"),
+            (("--routing", "step"), "2 active of a pool of 2\n"),
+            (("--routing", "step", "--expert-pool", "3"), "2 active of a pool of 3\n"),
+        )
+    ):
+        output = tmp_path / str(place)
+        words = without_shape(command(data, output, *still, "--init-from", str(origin), *flags))
+        code, text = finish(start(words))
+        assert code == 0 and said in text, text
+        (directory,) = output.glob("pragnosia_*")
+        assert weights(directory / "final_model") == weights(origin / "final_model")
+        assert json.loads((directory / "final_model" / "config.json").read_text())["routing"] == flags[1]
+        origin = directory
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
+        (("--init-from", "RUN", "--expert-pool", "7", "--routing", "step"), ("pool of 7", "--expert-pool")),
+        (
+            ("--init-from", "RUN", "--num-active-experts", "1", "--num-experts", "6"),
+            ("--num-active-experts 1", "has 2"),
+        ),
+        (("--resume", "RUN", "--routing", "token", "--num-experts", "6"), ("--routing token", "has step")),
         (("--expert-pool", "3"), ("--expert-pool 3", "--routing step")),
         (("--routing", "step", "--expert-pool", "5"), ("pool of 5", "4", "--expert-pool")),
         (("--routing", "step", "--expert-pool", "1"), ("pool of 1", "2", "--expert-pool")),
