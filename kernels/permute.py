@@ -15,7 +15,6 @@ from torch import Tensor
 
 from kernels.reference import Routing
 
-SPREAD, GATHER = 16, 8  # values of a thread, at least
 PIECE = 1024  # values of a token that are added up at a time
 
 
@@ -55,7 +54,7 @@ def gather_op(rows_ND: Tensor, places_TK: Tensor, weights_TK: Tensor | None) -> 
     output_TD = rows_ND.new_empty(T, D)
     if weights_TK is not None:
         weights_TK = weights_TK.contiguous()
-    launch, shape = layout(min(D, PIECE), GATHER)
+    launch, shape = gather_tile(D, K)
     if output_TD.numel():
         gather_kernel[(triton.cdiv(T, shape["BLOCK_T"]),)](
             rows_ND, places_TK, weights_TK, output_TD, T, D, K, real(rows_ND), **shape, **launch
@@ -112,7 +111,7 @@ gather_op.register_autograd(gather_backward, setup_context=keep_gather)
 def spread(x_TD, places_TK, out_ND, rows_ND=None, weights_TK=None, grad_weights_TK=None) -> None:
     """Run `spread_kernel`."""
     (T, K), D = places_TK.shape, x_TD.shape[1]
-    launch, shape = layout(D, SPREAD)
+    launch, shape = spread_tile(D)
     if T:
         spread_kernel[(triton.cdiv(T, shape["BLOCK_T"]),)](
             x_TD, places_TK, out_ND, rows_ND, weights_TK, grad_weights_TK,
@@ -120,12 +119,21 @@ def spread(x_TD, places_TK, out_ND, rows_ND=None, weights_TK=None, grad_weights_
         )  # fmt: skip
 
 
-def layout(width: int, values: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Warps of a program, and its tile: so many values a thread, of one token or of several short ones."""
+def spread_tile(width: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Warps of a program, and its tile: 16 values a thread, of one token or of several short ones."""
     block_D = max(16, triton.next_power_of_2(width))
-    block_T = max(1, 128 * values // block_D)
-    warps = min(16, max(4, block_D // (32 * values)))
-    return {"num_warps": warps, "enable_fp_fusion": True}, {"BLOCK_T": block_T, "BLOCK_D": block_D}
+    warps = min(16, max(4, block_D // 512))
+    return {"num_warps": warps, "enable_fp_fusion": True}, {
+        "BLOCK_T": max(1, 2048 // block_D),
+        "BLOCK_D": block_D,
+    }
+
+
+def gather_tile(width: int, active: int) -> tuple[dict[str, int], dict[str, int]]:
+    """The same: a piece of one token, or several short ones of few rows, so that enough is read at a time."""
+    block_D = min(PIECE, max(16, triton.next_power_of_2(width)))
+    block_T = max(1, 2 * PIECE // (triton.next_power_of_2(active) * block_D))
+    return {"num_warps": 4, "enable_fp_fusion": True}, {"BLOCK_T": block_T, "BLOCK_D": block_D}
 
 
 def real(tensor: Tensor) -> tl.dtype:

@@ -233,9 +233,9 @@ def test_compiles_for(capability, tmp_path):
         weighted = {"rows": dtype, "weights": "*fp32", "grad_weights": "*fp32"}
         for types in (weighted, plain) if oldest else (weighted,):
             types = {**sizes, "x": dtype, "out": dtype, **types}
-            launch, shape = permute.layout(width, permute.SPREAD)
+            launch, shape = permute.spread_tile(width)
             assert_fits(permute.spread_kernel, types | shape, launch, capability, tmp_path, 64)
-            launch, shape = permute.layout(min(width, permute.PIECE), permute.GATHER)
+            launch, shape = permute.gather_tile(width, active)
             types |= {**shape, "rows": dtype}
             assert_fits(permute.gather_kernel, types, launch, capability, tmp_path, 128)
 
