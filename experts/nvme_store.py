@@ -22,6 +22,7 @@ from torch import Tensor
 
 from experts.host_memory import host_array
 from experts.store import PROJECTIONS, BankStore, Page, Quantities, RowLayout, Transfer, row_entries
+from kernels import deepspeed_ops  # noqa: F401
 
 DIRECTORY = "pragnosia-experts-"
 ALIGNMENT = 4096  # of offsets and lengths, for direct I/O

@@ -1,11 +1,14 @@
 """Skips tests whose hardware is missing, and says at the end what was skipped and why."""
 
 import functools
+import os
 from collections import Counter
 
 import hypothesis
 import pytest
 
+# Files run side by side, a worker a core: further threads of PyTorch would spin, waiting for cores that are taken.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("suite")
 

@@ -3,10 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.preloaded import python
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ("model", "experts", "kernels", "training", "data", "inference", "benchmarks", "examples", "tests")
@@ -94,7 +95,7 @@ def test_path_of_one_batch(tmp_path, placement):
     sums = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(60)]
     rows.write_text("".join(json.dumps(row) + "\n" for row in sums))
     done = subprocess.run(
-        [sys.executable, "-c", TRACED, str(rows), str(ROOT), placement],
+        [python(), "-c", TRACED, str(rows), str(ROOT), placement],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -15,7 +15,7 @@ from inference.arguments import EngineArguments, EvaluationArguments, ModelSourc
 from inference.chat import COMMANDS
 from inference.generation import Sampling
 from model.presets import PRESETS, preset_config
-from tests.preloaded import lent_environment
+from tests.preloaded import lent_environment, python
 from tests.test_budget import BANKS, CALLED, PATH, SOURCE
 from training.command_line import parse
 from training.config import MODEL_SIZES
@@ -150,7 +150,7 @@ def test_every_option_in_the_text_exists():
     ]
     known = {"--check", "--num_gpus", "--nnodes", "--nproc-per-node", "--gpus-per-node"}  # of other programs
     for script in helps:
-        command = [sys.executable, *script.split(), "--help"]
+        command = [python(), *script.split(), "--help"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
         known |= set(re.findall(r"--[a-z][a-z-]+", done.stdout))
     for name, text in TEXT.items():

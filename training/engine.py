@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import cpuinfo
 import deepspeed
 import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from experts.placement import Placement, ordinary_placement
 from experts.streamed import StreamedExperts, StreamSettings
+from kernels import deepspeed_ops  # noqa: F401
 from model import PragnosiaConfig, PragnosiaForCausalLM
 from training.config import TrainingArguments, UserError
 from training.plan import Plan
@@ -30,9 +30,6 @@ from training.weights import Source, fill
 
 # DeepSpeed 0.19 calls names that torch 2.13 deprecates, once a collective.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-
-# DeepSpeed asks for the processor's features twice for each op, and the answer is a process of a second.
-cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 
 ADAM_BETAS = (0.9, 0.95)
 OFFLOAD_PART = 2**21  # values of a gradient that move to host memory at once

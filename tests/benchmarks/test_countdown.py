@@ -3,7 +3,6 @@
 import json
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from benchmarks.countdown import (
     steps_of,
     worth,
 )
+from tests.preloaded import python
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBLEM = Problem((6, 4, 2), 20)
@@ -108,7 +108,7 @@ def test_goals_are_differences_of_means():
 @pytest.mark.slow
 def test_the_short_run_meets_its_goals(tmp_path):
     command = [
-        sys.executable,
+        python(),
         str(ROOT / "benchmarks" / "countdown.py"),
         "--short",
         "--output",

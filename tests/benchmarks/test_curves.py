@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import curves
 from benchmarks.installed_python import examples
+from tests.preloaded import python
 from training.command_line import parse
 
 
@@ -68,7 +69,7 @@ def test_command(tmp_path):
     data.write_text("".join(json.dumps({"text": f"line {n} of a text\n" * 9}) + "\n" for n in range(300)))
     flags = ["--model-size", "tiny", "--dataset", str(data), "--tokens", "600", "--batch-size", "2"]
     flags += ["--max-length", "64", "--evaluations", "2", "--device", "cpu", "--output", "."]
-    command = [sys.executable, str(curves.REPOSITORY / "benchmarks" / "curves.py"), *flags]
+    command = [python(), str(curves.REPOSITORY / "benchmarks" / "curves.py"), *flags]
     subprocess.run(
         [*command, "--plot", "plot.png", "--only", "streamed int8"], cwd=tmp_path, check=True, timeout=300
     )

@@ -2,13 +2,13 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.far_lookup import SHORT, Task, goals
+from tests.preloaded import python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,7 +51,7 @@ def test_goals_are_of_the_worst_seed():
 @pytest.mark.slow
 def test_a_short_run_finds_what_is_far(tmp_path):
     command = [
-        sys.executable,
+        python(),
         str(ROOT / "benchmarks" / "far_lookup.py"),
         "--short",
         "--output",

@@ -202,7 +202,7 @@ def test_goals_take_the_fastest_of_each_and_the_worst_loss():
 
 
 @pytest.mark.slow
-def test_ours_and_both_baselines_train_alike_on_two_ranks(tmp_path, monkeypatch, capsys):
+def test_ours_and_both_baselines_train_alike_on_two_ranks(tmp_path, monkeypatch, forked_cells, capsys):
     flags = "--placement resident --model-size tiny --num-gpus 2 --expert-parallel 2 --zero-stage 2 --scaling weak"
     flags += " --batch-size 1 --max-length 32 --steps 1 --device cpu --output . --trace traces"
     monkeypatch.chdir(tmp_path)

@@ -7,13 +7,13 @@ DeepSpeed starts twice and not a hundred times.
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.training.runs import start
+from tests.preloaded import python
+from tests.training.runs import REPOSITORY, start
 from training.weights import initial_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
@@ -235,11 +235,11 @@ def run_worker(layouts: list[dict], ranks: int, directory: Path) -> list[dict]:
 def compile_operations(*builders: str) -> None:
     """Before any clock runs: a build that is killed leaves a lock behind, on which all later ones wait."""
     code = (
-        "import sys\nfrom deepspeed.accelerator import get_accelerator\n"
+        "import sys, kernels.deepspeed_ops\nfrom deepspeed.accelerator import get_accelerator\n"
         "for builder in sys.argv[1:]: get_accelerator().create_op_builder(builder).load(verbose=False)"
     )
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    subprocess.run([sys.executable, "-c", code, *builders], env=environment, check=True)
+    subprocess.run([python(), "-c", code, *builders], env=environment, cwd=REPOSITORY, check=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
