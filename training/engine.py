@@ -313,7 +313,8 @@ def offload_in_parts(optimizer: object) -> None:
 
 
 def take_norms_at_once(optimizer: object) -> None:
-    """One operation for the norms of all gradients under ZeRO 1 and 2, where DeepSpeed calls four for each.
+    """One operation for the norms of all gradients under ZeRO 1 and 2, where DeepSpeed calls four for each, and one
+    to see whether they are finite, where it calls thirteen.
 
     No rank holds a part of a layer, so all gradients count, and the norm of their norms is that of them all.
     """
@@ -321,12 +322,20 @@ def take_norms_at_once(optimizer: object) -> None:
         return
     norm_of = optimizer.get_grad_norm_direct
 
+    def any_not_finite() -> Tensor:
+        """Bool [1]; fp64, in which no sum of squares overflows."""
+        groups = (optimizer.averaged_gradients[i] for i in range(len(optimizer.bit16_groups)))
+        gradients = [gradient for group in groups for gradient in group if gradient is not None]
+        norms = torch._foreach_norm(gradients, dtype=torch.float64) if gradients else [torch.zeros(())]
+        return torch.stack(norms).isfinite().all().logical_not()[None]
+
     def norm(gradients: Iterable[Tensor], params: list[nn.Parameter], norm_type: float = 2) -> Tensor:
         if gradients := list(gradients):  # a rank may own none of a group
             gradients = [torch.stack(torch._foreach_norm(gradients, norm_type, dtype=torch.float64))]
         return norm_of(gradients, params[:1], norm_type)
 
     optimizer.get_grad_norm_direct = norm
+    optimizer.has_overflow_partitioned_grads_serial = any_not_finite
 
 
 def set_learning_rates(engine: deepspeed.DeepSpeedEngine, args: TrainingArguments, factor: float) -> None:

@@ -1,5 +1,6 @@
 """What happens before an engine stands."""
 
+import math
 import sys
 from types import SimpleNamespace
 
@@ -78,13 +79,14 @@ def test_zero3_takes_norms_in_parts(monkeypatch):
 
 
 def test_norms_at_once_are_deepspeeds_own(monkeypatch):
-    """On one rank, whose reduction changes nothing: of several gradients, of padding, of none, and of a NaN."""
+    """On one rank, whose reduction changes nothing: of several gradients, of padding, of none, and of a NaN.
+    Also what is not finite is found."""
     module = sys.modules[engine.DeepSpeedZeroOptimizer.__module__]
     monkeypatch.setattr(module.dist, "all_reduce", lambda *_, **__: None)
     optimizer = object.__new__(engine.DeepSpeedZeroOptimizer)
     optimizer.dp_process_group, optimizer.model_parallel_group = None, None
     optimizer.model_parallel_rank, optimizer.device = 0, "cpu"
-    own = optimizer.get_grad_norm_direct
+    own, own_check = optimizer.get_grad_norm_direct, optimizer.has_overflow_partitioned_grads_serial
     take_norms_at_once(optimizer)
     gradients = [torch.randn(5, 9).bfloat16(), 1e4 * torch.randn(3).bfloat16(), torch.randn(1).bfloat16()]
     parameters = [torch.nn.Parameter(gradient.float()) for gradient in gradients]
@@ -101,6 +103,17 @@ def test_norms_at_once_are_deepspeeds_own(monkeypatch):
         norm = optimizer.get_grad_norm_direct(iter(found), owners)
         torch.testing.assert_close(norm, own(found, owners), rtol=1e-6, atol=0)
     assert norm == -1  # not finite, as DeepSpeed says it
+    infinite, optimizer.bit16_groups = torch.tensor([1.0, -math.inf]).bfloat16(), [None, None]
+    for groups, is_bad in (
+        ({0: gradients, 1: [None, padding]}, False),
+        ({0: [], 1: []}, False),
+        ({0: gradients, 1: [None, *failed]}, True),
+        ({0: [infinite], 1: []}, True),
+        ({0: [torch.full((9,), 3e38).bfloat16()], 1: []}, False),
+    ):
+        optimizer.averaged_gradients = groups
+        found, expected = optimizer.has_overflow_partitioned_grads_serial(), own_check()
+        assert found.item() == expected.item() == is_bad and found.shape == expected.shape
 
 
 def test_memory_that_a_run_may_use(monkeypatch):
