@@ -313,8 +313,8 @@ def offload_in_parts(optimizer: object) -> None:
 
 
 def take_norms_at_once(optimizer: object) -> None:
-    """One operation for the norms of all gradients under ZeRO 1 and 2, where DeepSpeed calls four for each, and one
-    to see whether they are finite, where it calls thirteen.
+    """Under ZeRO 1 and 2 one operation for the norms of all gradients, where DeepSpeed calls four for each, and
+    one to see whether they are finite, where it calls thirteen.
 
     No rank holds a part of a layer, so all gradients count, and the norm of their norms is that of them all.
     """
