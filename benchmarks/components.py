@@ -23,8 +23,9 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -59,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--model-size", default="350M")
     options.add_argument("--steps", type=int, default=4000, help="of the base model")
     options.add_argument("--batch-size", type=int, default=32, help="rows of 512 tokens a step")
-    options.add_argument("--value-refresh", type=int, default=500, help="of the value head; 0: never")
+    options.add_argument(
+        "--value-refresh", type=int, help="of the value head (default: an eighth of --steps)"
+    )
     options.add_argument("--answers", nargs="*", help="datasets whose answers are checked (default: --data)")
     options.add_argument("--max-samples", type=int, default=200, help="answers of a dataset to check")
     options.add_argument("--side-by-side", type=int, default=1, help="arms trained at a time, on one GPU")
@@ -83,14 +86,13 @@ def run_tasks(args: argparse.Namespace) -> None:
         script(f"benchmarks/{task}.py", "--seeds", *args.seeds, "--output", args.output, *short, *device)
 
 
-def train(args: argparse.Namespace, arm: str, seed: int, base: Path | None) -> Path:
+def train(args: argparse.Namespace, arm: str, seed: int, base: Path | None, steps: int) -> Path:
     """The run of an arm."""
-    flags, share = ARMS[arm]
-    if arm == "value head" and args.value_refresh:
-        flags = (*flags, "--value-refresh", args.value_refresh)
+    flags = ARMS[arm][0]
+    if arm == "value head":
+        flags = (*flags, "--value-refresh", args.value_refresh or max(1, steps // 8))
     output = args.runs / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
-    steps = args.steps if share is None else max(1, int(share * args.steps))
-    start = ("--model-size", args.model_size) if share is None else ("--init-from", base)
+    start = ("--model-size", args.model_size) if base is None else ("--init-from", base)
     device = ("--device", args.device) if args.device else ()
     script(
         "train_ds.py", "--dataset", args.data, "--seed", seed, "--max-steps", steps, "--epochs", 1000,
@@ -139,38 +141,45 @@ def logged(run: Path, *, alone: bool) -> dict:
 
 def measure(args: argparse.Namespace, arm: str, seed: int, base: Path | None) -> tuple[Path, list[dict]]:
     """Train and evaluate an arm: its run, its row and one for each search of its value head."""
-    run = train(args, arm, seed, base)
-    row = {"arm": arm, "seed": seed, "steps": args.steps, **logged(run, alone=args.side_by_side == 1)}
+    steps = max(1, int(args.steps * (ARMS[arm][1] or 1)))
+    run = train(args, arm, seed, base, steps)
+    row = {"arm": arm, "seed": seed, "steps": steps, **logged(run, alone=args.side_by_side == 1)}
     searches = []
     tree = ("--tree",) if arm == "value head" else ()
     for dataset in [args.data] if args.answers is None else args.answers:
         found, name = evaluate(args, run, dataset, *tree), Path(dataset).stem
         for family, scores in found["results"].items():
-            if "exact_match" in scores and family != "overall":
-                row[f"{name}_exact_match"] = scores["exact_match"]
+            if "exact_match" in scores:
+                row[f"{name}_{family}_exact_match"] = scores["exact_match"]
         for search in found["searches"]:
-            searches.append(
-                {"arm": f"{arm}, {search.pop('search')}", "seed": seed, "dataset": name, **search}
-            )
+            row_of = {"arm": f"{arm}, {search.pop('search')}", "seed": seed, "dataset": name}
+            searches.append(row_of | search)
     return run, [row, *searches]
 
 
 def run_data(args: argparse.Namespace) -> None:
-    """All arms of all seeds; those that start from a base, when it is there."""
-    rows: list[dict] = []
+    """All arms of all seeds; those that start from a base, when it is there. A failure is a row with its error."""
     if "base" not in args.arms and any(ARMS[arm][1] for arm in args.arms):
         raise SystemExit("arms after the value head start from the base: add base to --arms")
+    rows: list[dict] = []
+    one_at_a_time = threading.Lock()
+
+    def run_arm(arm: str, seed: int, base: Path | None) -> Path | None:
+        try:
+            run, found = measure(args, arm, seed, base)
+        except SystemExit as failure:
+            run, found = None, [{"arm": arm, "seed": seed, "error": str(failure)}]
+        with one_at_a_time:
+            rows.extend(found)
+            report(args.output / "components.json", rows, [], args.device)
+        return run
+
     with ThreadPoolExecutor(args.side_by_side) as pool:
         for seed in args.seeds:
-            first = {
-                arm: pool.submit(measure, args, arm, seed, None) for arm in args.arms if not ARMS[arm][1]
-            }
+            first = {arm: pool.submit(run_arm, arm, seed, None) for arm in args.arms if not ARMS[arm][1]}
             later = [arm for arm in args.arms if arm not in first]
-            base = first["base"].result()[0] if later else None
-            asked = [pool.submit(measure, args, arm, seed, base) for arm in later]
-            for done in as_completed([*first.values(), *asked]):
-                rows += done.result()[1]
-                report(args.output / "components.json", rows, [], args.device)
+            base = first["base"].result() if later else None
+            wait([*first.values(), *(pool.submit(run_arm, arm, seed, base) for arm in later if base)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,9 +11,9 @@ cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
 load_with_debug_information = cpp_extension.load
 
 
-def load(*args, extra_cflags: list[str] | None = None, **options):
+def load(name: str, sources: list[str], extra_cflags: list[str] | None = None, *args, **options):
     """PyTorch's, without the debug information that DeepSpeed asks for: a third of the time it takes."""
-    return load_with_debug_information(*args, extra_cflags=[*(extra_cflags or ()), "-g0"], **options)
+    return load_with_debug_information(name, sources, [*(extra_cflags or ()), "-g0"], *args, **options)
 
 
 cpp_extension.load = load

@@ -3,8 +3,8 @@
     spread_kernel   a token to each of its K rows: permute, and the backward of combine
     gather_kernel   a token's K rows added up, in the order of its choices: combine, and the backward of permute
 
-Either way a token is read or written once, whatever K is. A program holds whole tokens, or adds up a piece of
-one after the other.
+Either way a token is read or written once, whatever K is. A program spreads whole tokens; it gathers one token
+piece by piece, or several short ones at once.
 Sums are fp32 (fp64 for fp64), rounded once, and nothing is atomic: the same bits in every run.
 """
 
@@ -130,7 +130,7 @@ def spread_tile(width: int) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def gather_tile(width: int, active: int) -> tuple[dict[str, int], dict[str, int]]:
-    """The same: a piece of one token, or several short ones of few rows, so that enough is read at a time."""
+    """Warps of a program that gathers, and its tile: pieces of one token, or several short tokens of few rows."""
     block_D = min(PIECE, max(16, triton.next_power_of_2(width)))
     block_T = max(1, 2 * PIECE // (triton.next_power_of_2(active) * block_D))
     return {"num_warps": 4, "enable_fp_fusion": True}, {"BLOCK_T": block_T, "BLOCK_D": block_D}

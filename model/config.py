@@ -67,7 +67,9 @@ class PragnosiaConfig(PretrainedConfig):
         elif self.expert_pool is not None:
             raise ValueError(f"--expert-pool {self.expert_pool} needs --routing step")
         if self.router_bias and self.routing == "step":
-            raise ValueError("router_bias needs routing token: step routing balances its pools by itself")
+            raise ValueError(
+                "a router with biases needs routing token: step routing balances its pools by itself"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"{self.num_attention_heads} attention heads cannot share {self.num_key_value_heads} key-value "

@@ -37,7 +37,10 @@ CALLED = {
     "kernels/dispatch.py",
     "experts/placement.py",
 }
-BANKS = {"resident": "experts/resident.py", "zero3": "experts/zero3.py"}
+BANKS = {  # where the bank lives -> what else is called, most lines in all
+    "resident": ({"experts/resident.py"}, 2950),
+    "zero3": ({"experts/zero3.py", "training/gradients.py"}, 3050),
+}
 
 # Trains one step of the tiny preset and prints the files of this repository whose functions ran for it.
 TRACED = """
@@ -91,6 +94,7 @@ def test_source_folders_are_all_known():
 @pytest.mark.slow
 @pytest.mark.parametrize("placement", BANKS)
 def test_path_of_one_batch(tmp_path, placement):
+    banks, most = BANKS[placement]
     rows = tmp_path / "rows.jsonl"
     sums = [{"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"} for n in range(60)]
     rows.write_text("".join(json.dumps(row) + "\n" for row in sums))
@@ -104,9 +108,9 @@ def test_path_of_one_batch(tmp_path, placement):
     )
     assert done.returncode == 0, done.stderr
     (ran,) = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("RAN ")]
-    assert set(ran) == {*PATH, *CALLED, BANKS[placement]}
+    assert set(ran) == {*PATH, *CALLED, *banks}
     assert len(PATH) <= 10
-    assert sum(lines(ROOT / name) for name in ran) <= 2950
+    assert sum(lines(ROOT / name) for name in ran) <= most
 
 
 def test_no_long_file():

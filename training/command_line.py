@@ -248,10 +248,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
 def run_script(main: Callable[[], int | None]) -> typing.NoReturn:
     """Runs a script's `main` and exits: a UserError is one `error:` line and exit code 2, Ctrl-C is 130."""
     rank = int(os.environ.get("RANK", "0"))
-    signal.pthread_sigmask(
-        signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM)
-    )  # which its launcher has blocked
     try:
+        # Its launcher has blocked them; one that came since then is raised here.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
         sys.exit(main() or 0)
     except UserError as error:
         print(f"error{f' (rank {rank})' * (rank > 0)}: {error}", file=sys.stderr, flush=True)

@@ -96,9 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = parse(
             rest, also_suggest=[*parser._option_string_actions]
         )  # a bad option fails here, before any rank starts
-        if settings.plan and asks_for_ranks:
+        if settings.plan and any(value not in (None, False) for value in vars(own).values()):
             raise UserError(
-                "--plan starts no ranks: leave out --num-gpus, --num-nodes and --hostfile, and say --gpus"
+                "--plan starts no ranks: leave out --num-gpus, --hostfile and all else that is for a launcher, "
+                "and say --gpus"
             )
         if settings.list_datasets or settings.plan:
             os.execv(sys.executable, alone)

@@ -291,7 +291,7 @@ def plan_disk(
         UserError: a directory that cannot be used, no room on its disk, or none for the buffers.
     """
     from experts.host_memory import available_bytes
-    from experts.nvme_store import leftovers
+    from experts.nvme_store import removable_bytes
 
     deepspeed_config.check_nvme_path(args.nvme_path, "use another --nvme-path")
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -313,8 +313,7 @@ def plan_disk(
     if plan.host > room:
         in_memory = int((room - buffers) // layer)
     on_disk = config.num_hidden_layers - in_memory
-    left = sum(file.stat().st_blocks for old in leftovers(args.nvme_path) for file in old.iterdir())
-    free = shutil.disk_usage(args.nvme_path).free + 512 * left
+    free = shutil.disk_usage(args.nvme_path).free + removable_bytes(args.nvme_path)
     if on_disk * layer * ranks_here > free:
         raise UserError(
             f"--nvme-path {args.nvme_path}: {on_disk * layer * ranks_here / 1e9:,.1f} GB of experts do not fit in "

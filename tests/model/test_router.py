@@ -90,7 +90,7 @@ def test_routers_of_a_copy_in_the_coprocessor_are_left_alone(build):
 
 
 def test_step_routing_has_no_bias():
-    with pytest.raises(ValueError, match="router_bias needs routing token"):
+    with pytest.raises(ValueError, match="a router with biases needs routing token"):
         PragnosiaConfig(router_bias=True, routing="step")
 
 

@@ -49,6 +49,7 @@ REFERENCES = {
         "light": {"coprocessor": "light"},
         "lora": {"coprocessor": "lora"},
         "copy": {"coprocessor": "copy"},
+        "soft": {"coprocessor": "soft"},
         "joint": {"coprocessor": "light", "joint": True},
         "memory": {"coprocessor": "light", "memory": 6},
     }.items()
@@ -58,6 +59,7 @@ EQUAL |= {
     f"{reference}, {name}": ({**REFERENCES[reference], **SPLITS[name]}, reference)
     for reference, name in (
         ("lora", "streamed"),
+        ("soft", "streamed"),
         ("copy", "zero3"),
         ("joint", "4 microbatches, stage 2"),
         ("joint", "2 ranks, stage 1"),
