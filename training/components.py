@@ -30,7 +30,9 @@ SHAPES = (
 def refuse_idle_flags(
     name: str, arguments: Checked, config: PragnosiaConfig, args: TrainingArguments
 ) -> None:
-    """Raises UserError for a component's flags where neither the run nor its model has that component."""
+    """Raises UserError for a component's flags where neither the run nor its model has that component, and for
+    those of another coprocessor.
+    """
     use, _ = COMPONENTS[name]
     default = type(arguments)()
     idle = [
@@ -38,6 +40,9 @@ def refuse_idle_flags(
     ]
     if idle and not getattr(args, use) and not getattr(config, name):
         raise UserError(f"{flag_of(idle[0])} has no effect without --{use.replace('_', '-')}")
+    of_light = [field for field in idle if field.name in ("coprocessor_layers", "cache_num_heads")]
+    if of_light and arguments.coprocessor != "light":
+        raise UserError(f"{flag_of(of_light[0])} has no effect on --coprocessor {arguments.coprocessor}")
 
 
 def from_arguments(name: str, arguments: Checked, config: PragnosiaConfig):

@@ -69,6 +69,13 @@ def test_flags_of_a_component_that_is_not_there_are_refused():
     refuse_idle_flags("memory", MemoryArguments(), config, TrainingArguments())
 
 
+def test_flags_of_another_coprocessor_are_refused():
+    config, args = preset_config("tiny"), TrainingArguments(use_cache_augmentation=True)
+    with pytest.raises(UserError, match="--cache-heads has no effect on --coprocessor lora"):
+        refuse_idle_flags("cache", CacheArguments(coprocessor="lora", cache_num_heads=4), config, args)
+    refuse_idle_flags("cache", CacheArguments(coprocessor_layers=3), config, args)
+
+
 def test_one_line_for_sizes_that_do_not_fit():
     with pytest.raises(UserError, match=r"--use-neural-memory: a memory of 100 slots .* multiple of it"):
         from_arguments("memory", MemoryArguments(memory_size=100), preset_config("tiny"))
