@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--steps", type=int, default=4000, help="of the base model")
     options.add_argument("--batch-size", type=int, default=32, help="rows of 512 tokens a step")
     options.add_argument(
-        "--value-refresh", type=int, help="of the value head (default: an eighth of --steps)"
+        "--value-refresh", type=int, help="of the value head; 0: never (default: an eighth of --steps)"
     )
     options.add_argument("--answers", nargs="*", help="datasets whose answers are checked (default: --data)")
     options.add_argument("--max-samples", type=int, default=200, help="answers of a dataset to check")
@@ -90,7 +90,8 @@ def train(args: argparse.Namespace, arm: str, seed: int, base: Path | None, step
     """The run of an arm."""
     flags = ARMS[arm][0]
     if arm == "value head":
-        flags = (*flags, "--value-refresh", args.value_refresh or max(1, steps // 8))
+        refresh = max(1, steps // 8) if args.value_refresh is None else args.value_refresh
+        flags = (*flags, "--value-refresh", refresh)
     output = args.runs / f"{arm.replace(', ', '-').replace(' ', '-')}-{seed}"
     start = ("--model-size", args.model_size) if base is None else ("--init-from", base)
     device = ("--device", args.device) if args.device else ()
@@ -166,9 +167,10 @@ def run_data(args: argparse.Namespace) -> None:
 
     def run_arm(arm: str, seed: int, base: Path | None) -> Path | None:
         try:
+            assert base or not ARMS[arm][1], "the base failed"
             run, found = measure(args, arm, seed, base)
-        except SystemExit as failure:
-            run, found = None, [{"arm": arm, "seed": seed, "error": str(failure)}]
+        except (Exception, SystemExit) as failure:
+            run, found = None, [{"arm": arm, "seed": seed, "error": f"{type(failure).__name__}: {failure}"}]
         with one_at_a_time:
             rows.extend(found)
             report(args.output / "components.json", rows, [], args.device)
@@ -179,7 +181,9 @@ def run_data(args: argparse.Namespace) -> None:
             first = {arm: pool.submit(run_arm, arm, seed, None) for arm in args.arms if not ARMS[arm][1]}
             later = [arm for arm in args.arms if arm not in first]
             base = first["base"].result() if later else None
-            wait([*first.values(), *(pool.submit(run_arm, arm, seed, base) for arm in later if base)])
+            wait([*first.values(), *(pool.submit(run_arm, arm, seed, base) for arm in later)])
+    if failed := [row["arm"] for row in rows if "error" in row]:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

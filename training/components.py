@@ -41,8 +41,10 @@ def refuse_idle_flags(
     if idle and not getattr(args, use) and not getattr(config, name):
         raise UserError(f"{flag_of(idle[0])} has no effect without --{use.replace('_', '-')}")
     of_light = [field for field in idle if field.name in ("coprocessor_layers", "cache_num_heads")]
-    if of_light and arguments.coprocessor != "light":
-        raise UserError(f"{flag_of(of_light[0])} has no effect on --coprocessor {arguments.coprocessor}")
+    if of_light:
+        kind = arguments.coprocessor if getattr(args, use) else config.cache["coprocessor"]
+        if kind != "light":
+            raise UserError(f"{flag_of(of_light[0])} has no effect on --coprocessor {kind}")
 
 
 def from_arguments(name: str, arguments: Checked, config: PragnosiaConfig):

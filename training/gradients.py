@@ -25,7 +25,8 @@ def offload_in_parts(optimizer: object) -> None:
             number = optimizer.get_param_id(param)
             group, first, _ = optimizer.grad_position[number]
             if optimizer._swappable_optimizer_subgroup(group):
-                return move_whole(param, gradient, *on_disk)
+                move_whole(param, gradient, *on_disk)
+                return
             optimizer.norm_for_param_grads[number] = norm_of(gradient)
             target = optimizer.fp32_partitioned_groups_flat[group].grad.narrow(0, first, gradient.numel())
             for there, part in zip(

@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = parse(
             rest, also_suggest=[*parser._option_string_actions]
         )  # a bad option fails here, before any rank starts
-        if settings.plan and any(value not in (None, False) for value in vars(own).values()):
+        if settings.plan and any(value is not None and value is not False for value in vars(own).values()):
             raise UserError(
                 "--plan starts no ranks: leave out --num-gpus, --hostfile and all else that is for a launcher, "
                 "and say --gpus"

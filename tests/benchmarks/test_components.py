@@ -11,15 +11,15 @@ from benchmarks import components
 
 
 @pytest.fixture
-def scripts(monkeypatch):
-    """The calls of our scripts, which write small results instead of training; those with `memory` fail."""
-    calls = []
+def scripts(monkeypatch, request):
+    """Calls of our scripts, which write small results; those with a word of the parameter fail."""
+    calls, failing = [], getattr(request, "param", set())
 
     def script(name, *words):
         words = [*map(str, words)]
         options = dict(itertools.pairwise(words))
         calls.append((name, words))
-        if "--use-neural-memory" in words:
+        if failing & {*words}:
             raise SystemExit(f"{name} failed, see above")
         if name == "eval_ds.py":
             searches = [{"search": "greedy", "tokens": 3.0, "exact_match": 0.5}] if "--tree" in words else []
@@ -60,17 +60,31 @@ def test_rows_of_arms_alone(scripts, tmp_path):
     assert trained[2][trained[2].index("--init-from") + 1].endswith("base-0/pragnosia_1")
 
 
+@pytest.mark.parametrize("scripts", [{"--use-neural-memory"}], indirect=True)
 def test_arms_side_by_side_have_no_speed_and_one_that_fails_is_a_row(scripts, tmp_path):
     words = ("--side-by-side", "3", "--seeds", "0", "1", "--answers", "--arms", "base", "memory", "lora")
-    rows = run(tmp_path, *words)
+    with pytest.raises(SystemExit, match="failed: memory, memory"):
+        run(tmp_path, *words)
+    rows = json.loads((tmp_path / "components.json").read_text())["rows"]
     assert len(rows) == 6 and not any("tokens_per_s" in row for row in rows)
-    assert [row.get("error") for row in rows if row["arm"] == "memory"] == [
-        "train_ds.py failed, see above"
-    ] * 2
+    errors = [row.get("error") for row in rows if row["arm"] == "memory"]
+    assert errors == ["SystemExit: train_ds.py failed, see above"] * 2
     assert not any(name == "eval_ds.py" for name, _ in scripts)
     for seed in (0, 1):
         order = [row["arm"] for row in rows if row["seed"] == seed]
         assert order.index("base") < order.index("lora")
+
+
+@pytest.mark.parametrize("scripts", [{"--max-steps"}], indirect=True)
+def test_what_a_failed_base_leaves_out_is_said(scripts, tmp_path):
+    with pytest.raises(SystemExit, match="failed: base, lora"):
+        run(tmp_path, "--arms", "base", "lora")
+    rows = json.loads((tmp_path / "components.json").read_text())["rows"]
+    assert [row["error"] for row in rows] == [
+        "SystemExit: train_ds.py failed, see above",
+        "AssertionError: the base failed",
+    ]
+    assert len(scripts) == 1
 
 
 def test_what_starts_from_the_base_needs_it(scripts, tmp_path):

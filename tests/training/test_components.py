@@ -74,6 +74,9 @@ def test_flags_of_another_coprocessor_are_refused():
     with pytest.raises(UserError, match="--cache-heads has no effect on --coprocessor lora"):
         refuse_idle_flags("cache", CacheArguments(coprocessor="lora", cache_num_heads=4), config, args)
     refuse_idle_flags("cache", CacheArguments(coprocessor_layers=3), config, args)
+    config.cache = from_arguments("cache", CacheArguments(coprocessor="copy"), config).__dict__
+    with pytest.raises(UserError, match="--coprocessor-layers has no effect on --coprocessor copy"):
+        refuse_idle_flags("cache", CacheArguments(coprocessor_layers=3), config, TrainingArguments())
 
 
 def test_one_line_for_sizes_that_do_not_fit():

@@ -47,21 +47,32 @@ def test_zero3_takes_norms_and_moves_gradients_in_parts(monkeypatch):
     optimizer = object.__new__(gradients.DeepSpeedZeroOptimizer_Stage3)
     optimizer.get_param_id = lambda _: 3
     optimizer.swap_optimizer, optimizer.norm_for_param_grads = False, {}
+    optimizer.master_weights_and_grads_dtype = torch.float32
     optimizer.grad_position = {3: [1, 4, 45]}
     host = torch.zeros(60)
-    host.grad = torch.zeros(60)
     optimizer.fp32_partitioned_groups_flat = [None, host]
+    gradient = torch.randn(45).bfloat16()
+
+    def moved() -> tuple[torch.Tensor, torch.Tensor]:
+        host.grad = torch.zeros(60)
+        optimizer._offload_grad_partition_at_boundary(None, gradient, {}, {})
+        return host.grad, optimizer.norm_for_param_grads.pop(3)
+
+    expected, expected_norm = moved()
     offload_in_parts(optimizer)
-    gradient = torch.randn(5, 9).bfloat16()
-    seen, split, moved, to = [], torch.Tensor.split, [], torch.Tensor.to
+    seen, split, sizes, to = [], torch.Tensor.split, [], torch.Tensor.to
     monkeypatch.setattr(torch.Tensor, "split", lambda x, size: seen.append(size) or split(x, size))
-    monkeypatch.setattr(torch.Tensor, "to", lambda x, kind: moved.append((kind, x.numel())) or to(x, kind))
-    optimizer._offload_grad_partition_at_boundary(None, gradient, {}, {})
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, kind: sizes.append((kind, x.numel())) or to(x, kind))
+    found, norm = moved()
     monkeypatch.undo()
-    torch.testing.assert_close(optimizer.norm_for_param_grads[3], gradient.double().norm())
-    assert torch.equal(host.grad[4:49], gradient.float().flatten())
-    assert not host.grad[:4].any() and not host.grad[49:].any()
-    assert seen == [8, 2, 2] and {count for kind, count in moved if kind == torch.float32} == {1, 2}
+    assert torch.equal(found, expected) and expected.count_nonzero() == 45
+    torch.testing.assert_close(norm, expected_norm)
+    assert seen == [8, 2, 2] and {size for kind, size in sizes if kind == torch.float32} == {1, 2}
+
+    optimizer._swappable_optimizer_subgroup = lambda _: True  # state on a disk: DeepSpeed's own way
+    host.grad, values, places = torch.zeros(60), {}, {}
+    optimizer._offload_grad_partition_at_boundary(None, gradient, values, places)
+    assert torch.equal(values[1][0], gradient.float()) and places == {1: [4]} and not host.grad.any()
 
 
 def test_norms_at_once_are_deepspeeds_own(monkeypatch):

@@ -252,9 +252,12 @@ def test_no_secret_is_in_the_command_line_of_another_machine(monkeypatch):
     assert not any(name in line for name in ("WANDB_API_KEY", "HF_TOKEN", "HOME", "CUDA_VISIBLE_DEVICES"))
 
 
-def test_a_plan_takes_its_gpus_from_its_own_flag():
+@pytest.mark.parametrize(
+    "words", ["--num-gpus 64", "--node-rank 0", "--launcher ssh", "--bind-cores-to-rank"]
+)
+def test_a_plan_takes_its_gpus_from_its_own_flag(words):
     with pytest.raises(UserError, match=r"--plan starts no ranks: .* say --gpus"):
-        main(["train_ds.py", "--plan", "--num-gpus", "64"])
+        main(["train_ds.py", "--plan", *words.split()])
 
 
 def test_a_rank_of_srun_starts_no_ranks(monkeypatch):
