@@ -27,7 +27,7 @@ for number in (signal.SIGINT, signal.SIGTERM):
 signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
 size, threads = os.environ["WORLD_SIZE"], os.environ["OMP_NUM_THREADS"]
 print(f"rank {rank} of {size} ready, {threads} threads", *sys.argv[2:], flush=True)
-time.sleep(0.5)
+time.sleep(3 if mode in ("fail", "user error") else 0.5)  # the watch must have seen the ranks
 if mode == "fail" and rank == 1:
     sys.exit(3)
 if mode == "user error" and rank == 0:
