@@ -12,7 +12,7 @@ load_with_debug_information = cpp_extension.load
 
 
 def load(name: str, sources: list[str], extra_cflags: list[str] | None = None, *args, **options):
-    """PyTorch's, without the debug information that DeepSpeed asks for: a third of the time it takes."""
+    """PyTorch's, without the debug information that DeepSpeed asks for and which takes a quarter of the time."""
     return load_with_debug_information(name, sources, [*(extra_cflags or ()), "-g0"], *args, **options)
 
 

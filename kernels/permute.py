@@ -122,11 +122,8 @@ def spread(x_TD, places_TK, out_ND, rows_ND=None, weights_TK=None, grad_weights_
 def spread_tile(width: int) -> tuple[dict[str, int], dict[str, int]]:
     """Warps of a program, and its tile: 16 values a thread, of one token or of several short ones."""
     block_D = max(16, triton.next_power_of_2(width))
-    warps = min(16, max(4, block_D // 512))
-    return {"num_warps": warps, "enable_fp_fusion": True}, {
-        "BLOCK_T": max(1, 2048 // block_D),
-        "BLOCK_D": block_D,
-    }
+    block_T, warps = max(1, 2048 // block_D), min(16, max(4, block_D // 512))
+    return {"num_warps": warps, "enable_fp_fusion": True}, {"BLOCK_T": block_T, "BLOCK_D": block_D}
 
 
 def gather_tile(width: int, active: int) -> tuple[dict[str, int], dict[str, int]]:
