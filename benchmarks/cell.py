@@ -1,8 +1,8 @@
 """One cell of a benchmark: an engine in processes of its own, steps that are timed, memory that is measured.
 
 A cell runs in fresh processes, one a GPU, on random tokens and through the trainer's own engine and step, so that
-peaks of memory do not mix. Cells that differ in their load alone, rows of a microbatch and recomputation, may
-share an engine, which is built once and takes one load after the other. A cell that fails is a row with its error.
+peaks of memory do not mix. Cells that differ in rows of a microbatch, recomputation and kernels alone may share an
+engine, which is built once and runs one after the other. A cell that fails is a row with its error.
 
 What a row holds: median, 20th and 80th percentile and range of the step time in seconds, real tokens of all ranks
 a second, model TFLOP/s (6 · active parameters · tokens, without attention scores), cross entropy a token in the
@@ -73,8 +73,8 @@ class Cell:
     """With `record`, a file for the Chrome trace of that step on rank 0."""
 
     def engine(self) -> Cell:
-        """The cell without its load: equal for cells that can share an engine."""
-        return replace(self, batch_size=1, gradient_checkpointing=False)
+        """The cell without what may change from step to step: equal for cells that can share an engine."""
+        return replace(self, batch_size=1, gradient_checkpointing=False, kernels=None)
 
     def named(self) -> dict:
         """The columns that tell cells apart."""
@@ -93,15 +93,13 @@ def measure(cells: Sequence[Cell]) -> Iterator[dict]:
 
     from kernels import dispatch
 
-    first = cells[0]
-    if first.kernels:
-        dispatch.use(first.kernels)
-    engine, config, ranks, plan_of = build(first)
+    engine, config, ranks, plan_of = build(cells[0])
     build_peaks = device_peaks()
-    for cell in cells:
-        if cell != first and build_peaks:
+    for number, cell in enumerate(cells):
+        if number and build_peaks:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        dispatch.use(cell.kernels or "auto")
         engine.module.model.gradient_checkpointing = cell.gradient_checkpointing
         row = {"experts": config.num_experts, "routing": config.routing}
         if cell.kernels:
@@ -346,7 +344,7 @@ def main() -> None:
 def run_cells(cells: Sequence[Cell]) -> Iterator[dict]:
     """A row for each of the cells, which share an engine, as soon as it is measured."""
     first = cells[0]
-    assert all(cell.engine() == first.engine() for cell in cells), "cells differ in more than their load"
+    assert all(cell.engine() == first.engine() for cell in cells), "cells need an engine each"
     with tempfile.TemporaryDirectory() as name:
         directory, port = Path(name), free_port()
         words = ["-m", "benchmarks.cell", json.dumps([asdict(cell) for cell in cells]), name]

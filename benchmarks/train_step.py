@@ -6,8 +6,9 @@
     python benchmarks/train_step.py --model-size 1B 3B --kernels reference auto --name train_step_kernels
     python benchmarks/train_step.py --model-size tiny --deepspeed-config my.json --placement resident
 
-Every cell runs in processes of its own, one a GPU (`benchmarks/cell.py` says what a row holds). Goals: allocated
-GPU memory of the presets with their experts off the GPU, on one row of 512 tokens.
+Every cell runs in processes of its own, one a GPU (`benchmarks/cell.py` says what a row holds); several
+`--kernels` share them and take turns, twice, so that a busy host slows none alone. Goals: allocated GPU memory of
+the presets with their experts off the GPU, on one row of 512 tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from benchmarks.cell import WARMUP, Cell, run_all
 from benchmarks.results import DIRECTORY, gpu_goals
 
 AXES = ("num_gpus", "model_size", "placement", "deepspeed_config", "batch_size", "max_length")
-AXES += ("expert_page_size", "expert_state", "kernels")
+AXES += ("expert_page_size", "expert_state")
 FIXED = ("gradient_checkpointing", "num_experts", "routing", "steps", "device", "expert_vram")
 
 
@@ -41,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--expert-state", nargs="+", default=[None], help="of streamed experts; default: bf16"
     )
-    options.add_argument("--kernels", nargs="+", choices=("reference", "auto"), default=[None])
+    options.add_argument(
+        "--kernels", nargs="+", choices=("reference", "auto"), default=[None], help="what routes tokens"
+    )
     options.add_argument("--expert-vram", default=None, help="of streamed experts")
     options.add_argument("--gradient-checkpointing", action="store_true")
     options.add_argument("--num-experts", type=int, default=None)
@@ -57,9 +60,13 @@ def main() -> None:
     args = parser().parse_args()
     fixed = {key: getattr(args, key) for key in FIXED}
     values = itertools.product(*(getattr(args, axis) for axis in AXES))
-    cells = [Cell(**dict(zip(AXES, value, strict=True)), **fixed) for value in values]
+    turns = args.kernels if len(args.kernels) == 1 else 2 * args.kernels
+    groups = [
+        [Cell(**dict(zip(AXES, value, strict=True)), **fixed, kernels=kernels) for kernels in turns]
+        for value in values
+    ]
     path = args.output / f"{args.name}.json"
-    run_all([[cell] for cell in cells], path, lambda rows: (rows, gpu_goals(rows)), args.device)
+    run_all(groups, path, lambda rows: (rows, gpu_goals(rows)), args.device)
 
 
 if __name__ == "__main__":

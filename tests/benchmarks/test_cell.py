@@ -81,9 +81,9 @@ def test_all_to_all_is_known_by_its_names():
     )
 
 
-def test_cells_that_share_an_engine_differ_in_their_load_alone():
+def test_cells_that_differ_in_more_than_a_step_share_no_engine():
     cell = Cell(placement="resident", **TINY)
-    with pytest.raises(AssertionError, match="differ"):
+    with pytest.raises(AssertionError, match="need an engine each"):
         next(run_cells([cell, replace(cell, expert_page_size=2)]))
 
 

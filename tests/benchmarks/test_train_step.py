@@ -31,3 +31,13 @@ def test_measures_every_cell_and_writes_the_result(tmp_path, bench, capsys):
     losses = [row["loss"] for row in rows]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert result["gpu"] in text and table(result["rows"]) in text
+
+
+@pytest.mark.slow
+def test_kernels_take_turns_on_one_engine(tmp_path, bench):
+    flags = ("--device", "cpu", "--steps", "1", "--batch-size", "1", "--max-length", "32")
+    bench("train_step", *flags, "--kernels", "reference", "auto", "--output", ".")
+    rows = json.loads((tmp_path / "train_step.json").read_text())["rows"]
+    assert ["not asked for" in row["kernels"] for row in rows] == [True, False, True, False]
+    losses = [row["first_loss"] for row in rows]
+    assert losses == sorted(losses, reverse=True)  # the model goes on learning its batch
