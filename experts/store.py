@@ -58,7 +58,7 @@ class RowLayout:
 
 
 ROW = None  # one entry for a whole row
-STATE_QUANTITIES = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "master")
+STATE_QUANTITIES = ("updates", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "master")
 Quantities = dict[str, tuple[torch.dtype, int | None]]
 
 

@@ -307,13 +307,14 @@ class StreamedExperts(Placement):
         factor_R, refused_R = clip_factors(squares_R, self.settings.max_norm, 1 / self.layout.ranks)
         self.refused += refused_R.sum()
         settings = AdamW(
-            self.group_settings["lr"], *self.settings.betas, 1e-8, self.group_settings["weight_decay"]
+            self.group_settings["lr"],
+            *self.settings.betas,
+            1e-8,
+            self.group_settings["weight_decay"],
+            self.settings.stochastic,
         )
         state = State(*(buffers[n][:rows] if n in buffers else None for n in STATE_QUANTITIES))
-        update_rows(
-            buffers["weight"][:rows], gradient_RP, state, buffers["updates"][:rows, 0], factor_R,
-            settings, seed, self.settings.stochastic,
-        )  # fmt: skip
+        update_rows(buffers["weight"][:rows], gradient_RP, state, factor_R, settings, seed)
 
     def end_backward(self, visit: Visit) -> None:
         """Note what the layer has accumulated; after the first layer, begin to fetch for the next microbatch."""

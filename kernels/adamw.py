@@ -1,9 +1,9 @@
 """AdamW over rows, and what it needs around it: the optimizer of experts whose weights live in host memory.
 
 A *row* is one expert: its weights as one flat vector. Beside the project's letters, P is the length of a row, a
-multiple of Z = `BLOCK`, and L = P / Z its number of blocks. Rows may lie anywhere in a larger buffer: any stride
-between rows, stride 1 inside a row. This file is the specification in plain PyTorch and what runs on a CPU;
-`kernels/adamw_triton.py` is the same arithmetic, with the same random bits, as one kernel.
+multiple of Z = `BLOCK`, and L = P / Z its number of blocks. Arrays of rows are contiguous. This file is the
+specification in plain PyTorch and what runs on a CPU; `kernels/adamw_triton.py` is the same arithmetic, with the
+same random bits, as one kernel.
 
 Numbers that must be stored in fewer bits than fp32 are rounded *stochastically*: up or down with probabilities
 that make the mean exact, so that steps smaller than the spacing of the stored numbers add up instead of being
@@ -26,23 +26,24 @@ BLOCK = 256  # values that share one scale
 
 
 class AdamW(NamedTuple):
-    """Hyperparameters of one update, as in `torch.optim.AdamW`."""
+    """Hyperparameters of an update as in `torch.optim.AdamW`, and whether bf16 is rounded stochastically."""
 
     lr: float
     beta1: float
     beta2: float
     eps: float
     weight_decay: float
+    stochastic: bool
 
 
 class State(NamedTuple):
     """Optimizer state of R rows.
 
-    exp_avg_RP, exp_avg_sq_RP: the moments, both fp32, both bf16, or int8 and uint8. exp_avg_scale_RL,
-    exp_avg_sq_scale_RL (fp32): the scales of 8 bit moments, else None. master_RP: fp32 copy of the weights where
-    these are bf16, or None.
+    updates_R1 (int32): how often each row has been updated, for the bias correction. The moments exp_avg and
+    exp_avg_sq are both fp32, both bf16, or int8 and uint8 with fp32 scales. master_RP: fp32 copy of bf16 weights.
     """
 
+    updates_R1: Tensor
     exp_avg_RP: Tensor
     exp_avg_sq_RP: Tensor
     exp_avg_scale_RL: Tensor | None = None
@@ -51,85 +52,56 @@ class State(NamedTuple):
 
 
 def update_rows(
-    weight_RP: Tensor,
-    grad_RP: Tensor,
-    state: State,
-    updates_R: Tensor,
-    factor_R: Tensor,
-    settings: AdamW,
-    seed: int,
-    stochastic: bool,
+    weight_RP: Tensor, grad_RP: Tensor, state: State, factor_R: Tensor, settings: AdamW, seed: int
 ) -> None:
     """One AdamW update of each row, in place, on the device of the tensors.
 
-    weight_RP, grad_RP: fp32 or bf16. updates_R (int32): how often each row has been updated; it counts for the
-    bias correction and grows by one. factor_R (fp32): what the gradient is multiplied by; a row whose factor is
+    weight_RP, grad_RP: fp32 or bf16. factor_R (fp32): what the gradient is multiplied by; a row whose factor is
     not above 0 is left as it is, state and count included, and its gradient, which may be NaN, is not read.
-    seed: any integer, another for each page of each step and each rank. stochastic: see the head of this file.
+    seed: any integer, another for each page of each step and each rank.
 
     Decoupled weight decay: Loshchilov and Hutter (arXiv 1711.05101), algorithm 2, in the form of
-    `torch.optim.AdamW`; all arithmetic is fp32.
+    `torch.optim.AdamW`. All arithmetic is fp32, each product and each sum rounded by itself.
     """
-    check_rows(weight_RP, grad_RP, *state)
+    check_rows(weight_RP, grad_RP, *state[1:])
     if weight_RP.is_cuda:
-        from kernels.adamw_triton import update_rows as update  # triton is not everywhere, and slow to import
-    else:
-        update = update_rows_reference
-    update(weight_RP, grad_RP, state, updates_R, factor_R, settings, seed, stochastic)
+        from kernels import adamw_triton  # triton is not everywhere, and slow to import
 
-
-def update_rows_reference(
-    weight_RP: Tensor,
-    grad_RP: Tensor,
-    state: State,
-    updates_R: Tensor,
-    factor_R: Tensor,
-    settings: AdamW,
-    seed: int,
-    stochastic: bool,
-) -> None:
-    """`update_rows` in plain PyTorch. Each product and each sum is rounded by itself, as in the kernel."""
+        return adamw_triton.update_rows(weight_RP, grad_RP, state, factor_R, settings, seed)
     rows_R = (factor_R > 0).nonzero().flatten()  # from here on R counts the rows that are updated
-    step_R, inverse_root_R = bias_corrections(updates_R[rows_R], settings)
-    eight_bit = state.exp_avg_scale_RL is not None
+    old = State(*(None if array is None else array[rows_R] for array in state))
+    eight_bit, stochastic = state.exp_avg_scale_RL is not None, settings.stochastic
     if eight_bit or (stochastic and torch.bfloat16 in (weight_RP.dtype, state.exp_avg_RP.dtype)):
         bits_RP = random_bits(seed, rows_R, weight_RP.shape[1])
         moment_bits_RP = mix(bits_RP + GOLDEN)
 
-    grad_RP = grad_RP[rows_R].float().mul_(factor_R[rows_R, None])
     if eight_bit:
-        exp_avg_RP = decode_exp_avg(state.exp_avg_RP[rows_R], state.exp_avg_scale_RL[rows_R])
-        exp_avg_sq_RP = decode_exp_avg_sq(state.exp_avg_sq_RP[rows_R], state.exp_avg_sq_scale_RL[rows_R])
+        exp_avg_RP = decode_exp_avg(old.exp_avg_RP, old.exp_avg_scale_RL)
+        exp_avg_sq_RP = decode_exp_avg_sq(old.exp_avg_sq_RP, old.exp_avg_sq_scale_RL)
     else:
-        exp_avg_RP = state.exp_avg_RP[rows_R].float()
-        exp_avg_sq_RP = state.exp_avg_sq_RP[rows_R].float()
+        exp_avg_RP, exp_avg_sq_RP = old.exp_avg_RP.float(), old.exp_avg_sq_RP.float()
+    grad_RP = grad_RP[rows_R].float().mul_(factor_R[rows_R, None])
     exp_avg_RP.mul_(settings.beta1).add_(grad_RP * (1 - settings.beta1))
     exp_avg_sq_RP.mul_(settings.beta2).add_(grad_RP.square_().mul_(1 - settings.beta2))
 
-    exact_RP = weight_RP if state.master_RP is None else state.master_RP
-    value_RP = exact_RP[rows_R].float().mul_(1 - settings.lr * settings.weight_decay)
-    denominator_RP = square_root(exp_avg_sq_RP).mul_(inverse_root_R[:, None]).add_(settings.eps)
-    value_RP.sub_((exp_avg_RP / denominator_RP).mul_(step_R[:, None]))
+    step_R1, inverse_root_R1 = bias_corrections(old.updates_R1, settings)
+    denominator_RP = square_root(exp_avg_sq_RP).mul_(inverse_root_R1).add_(settings.eps)
+    exact_RP = weight_RP[rows_R].float() if old.master_RP is None else old.master_RP
+    exact_RP.mul_(1 - settings.lr * settings.weight_decay).sub_((exp_avg_RP / denominator_RP).mul_(step_R1))
 
-    if state.master_RP is not None:
-        state.master_RP[rows_R] = value_RP
-    elif stochastic and weight_RP.dtype == torch.bfloat16:
-        value_RP = round_to_bfloat16(value_RP, bits_RP)
-    weight_RP[rows_R] = value_RP.to(weight_RP.dtype)
-
+    rounded_RP, scale_RL, sq_scale_RL = exact_RP, None, None
+    if stochastic and weight_RP.dtype == torch.bfloat16 and old.master_RP is None:
+        rounded_RP = round_to_bfloat16(exact_RP, bits_RP)
     if eight_bit:
-        low_RP, high_RP = moment_bits_RP & 0xFFFF, (moment_bits_RP >> 16) & 0xFFFF
-        state.exp_avg_RP[rows_R], state.exp_avg_scale_RL[rows_R] = encode_exp_avg(exp_avg_RP, low_RP)
-        state.exp_avg_sq_RP[rows_R], state.exp_avg_sq_scale_RL[rows_R] = encode_exp_avg_sq(
-            exp_avg_sq_RP, high_RP
-        )
-    else:
-        if stochastic and state.exp_avg_RP.dtype == torch.bfloat16:
-            exp_avg_RP = round_to_bfloat16(exp_avg_RP, moment_bits_RP)
-            exp_avg_sq_RP = round_to_bfloat16(exp_avg_sq_RP, moment_bits_RP >> 16)
-        state.exp_avg_RP[rows_R] = exp_avg_RP.to(state.exp_avg_RP.dtype)
-        state.exp_avg_sq_RP[rows_R] = exp_avg_sq_RP.to(state.exp_avg_sq_RP.dtype)
-    updates_R += factor_R > 0
+        exp_avg_RP, scale_RL = encode_exp_avg(exp_avg_RP, moment_bits_RP)
+        exp_avg_sq_RP, sq_scale_RL = encode_exp_avg_sq(exp_avg_sq_RP, moment_bits_RP >> 16)
+    elif stochastic and state.exp_avg_RP.dtype == torch.bfloat16:
+        exp_avg_RP = round_to_bfloat16(exp_avg_RP, moment_bits_RP)
+        exp_avg_sq_RP = round_to_bfloat16(exp_avg_sq_RP, moment_bits_RP >> 16)
+    new = State(old.updates_R1 + 1, exp_avg_RP, exp_avg_sq_RP, scale_RL, sq_scale_RL, exact_RP)
+    for array, values in zip((weight_RP, *state), (rounded_RP, *new), strict=True):
+        if array is not None:
+            array[rows_R] = values.to(array.dtype)
 
 
 def square_root(value_RP: Tensor) -> Tensor:
@@ -137,11 +109,11 @@ def square_root(value_RP: Tensor) -> Tensor:
     return value_RP.double().sqrt_().float()
 
 
-def bias_corrections(updates_R: Tensor, settings: AdamW) -> tuple[Tensor, Tensor]:
+def bias_corrections(updates_R1: Tensor, settings: AdamW) -> tuple[Tensor, Tensor]:
     """lr / (1 − β1ⁿ) and 1 / √(1 − β2ⁿ) in fp32, n = updates + 1; in fp64 first, for 1 − βⁿ loses digits."""
-    count_R = (updates_R + 1).double()
-    step_R = settings.lr / (1 - settings.beta1**count_R)
-    return step_R.float(), (1 - settings.beta2**count_R).rsqrt().float()
+    count_R1 = (updates_R1 + 1).double()
+    step_R1 = settings.lr / (1 - settings.beta1**count_R1)
+    return step_R1.float(), (1 - settings.beta2**count_R1).rsqrt().float()
 
 
 def accumulate_rows(accumulator_RP: Tensor, grad_RP: Tensor, seed: int, stochastic: bool) -> None:
@@ -151,18 +123,12 @@ def accumulate_rows(accumulator_RP: Tensor, grad_RP: Tensor, seed: int, stochast
     if not stochastic or accumulator_RP.dtype == torch.float32:
         accumulator_RP.add_(grad_RP)
     elif accumulator_RP.is_cuda:
-        from kernels.adamw_triton import accumulate_rows as accumulate
+        from kernels import adamw_triton
 
-        accumulate(accumulator_RP, grad_RP, seed)
+        adamw_triton.accumulate_rows(accumulator_RP, grad_RP, seed)
     else:
-        accumulate_rows_reference(accumulator_RP, grad_RP, seed)
-
-
-def accumulate_rows_reference(accumulator_RP: Tensor, grad_RP: Tensor, seed: int) -> None:
-    """`accumulate_rows` with stochastic rounding to bf16, in plain PyTorch."""
-    rows_R = torch.arange(len(accumulator_RP), device=accumulator_RP.device)
-    bits_RP = random_bits(seed, rows_R, accumulator_RP.shape[1])
-    accumulator_RP.copy_(round_to_bfloat16(accumulator_RP.float().add_(grad_RP), bits_RP))
+        bits_RP = random_bits(seed, torch.arange(len(grad_RP)), grad_RP.shape[1])
+        accumulator_RP.copy_(round_to_bfloat16(accumulator_RP.float().add_(grad_RP), bits_RP))
 
 
 def sum_of_squares(grad_RP: Tensor) -> Tensor:
@@ -170,9 +136,7 @@ def sum_of_squares(grad_RP: Tensor) -> Tensor:
     return torch.linalg.vector_norm(grad_RP, dim=1, dtype=torch.float32).square_()
 
 
-def clip_factors(
-    sum_squares_R: Tensor, max_norm: float, scale: float | Tensor = 1.0
-) -> tuple[Tensor, Tensor]:
+def clip_factors(sum_squares_R: Tensor, max_norm: float, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """What `update_rows` multiplies each row's gradient by, and which rows are refused.
 
     The gradient is to count as scale · g and, clipped row by row as by `torch.nn.utils.clip_grad_norm_`, to have
@@ -181,14 +145,14 @@ def clip_factors(
     whose squares pass the range of fp32 (a norm of 1.8e19 before scaling; 4e15 in every place of 20 M values).
     """
     refused_R = ~sum_squares_R.isfinite()
-    factor_R = torch.full_like(sum_squares_R, 1.0) * scale
+    factor_R = torch.full_like(sum_squares_R, scale)
     if max_norm > 0:
         factor_R *= (max_norm / (sum_squares_R.sqrt() * scale + 1e-6)).clamp(max=1)
     return factor_R.masked_fill_(refused_R | (sum_squares_R == 0), 0.0), refused_R
 
 
 def round_to_bfloat16(value_RP: Tensor, bits_RP: Tensor) -> Tensor:
-    """fp32 values rounded to numbers that bf16 holds, with the 16 low bits of bits_RP (int32) as dice.
+    """fp32 values rounded to numbers that bf16 holds, with the 16 low bits of bits_RP (int32).
 
     bf16 is the upper half of fp32: random bits are added below it, and what they carry over stays.
     """
@@ -205,20 +169,18 @@ def round_to_bfloat16(value_RP: Tensor, bits_RP: Tensor) -> Tensor:
 #     linear, 4th root           3% (2.0)     77% (23)     436% (275)
 #     square root, 8th root      3% (1.1)     11% (1.5)     43% (29)
 #     4th root, 8th root         4% (1.0)      8% (1.1)     13% (2.1)
-#
-# `dice` are 16 random bits (int32): u = dice / 2^16 is uniform on [0, 1).
 
 
-def encode_exp_avg(value_RP: Tensor, dice_RP: Tensor) -> tuple[Tensor, Tensor]:
+def encode_exp_avg(value_RP: Tensor, bits_RP: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes, fp32 scales [R, L]: |value| ≈ (|code| · scale)⁴, scale = max |value|^(1/4) / 127 over a block.
 
-    Between the two codes around a value the choice is such that the mean of the decoded value is exact.
+    The 16 low bits of bits_RP choose between the two codes around a value, so that its mean is exact when decoded.
     """
     root_RP, scale_RL = scaled(square_root(square_root(value_RP.abs())), 127)
     code_RP = root_RP.floor()
     low_RP = code_RP.square().square_()
     gap_RP = (code_RP + 1).square_().square_().sub_(low_RP)
-    code_RP += dice_RP * 2.0**-16 * gap_RP < root_RP.square_().square_().sub_(low_RP)
+    code_RP += (bits_RP & 0xFFFF) * 2.0**-16 * gap_RP < root_RP.square_().square_().sub_(low_RP)
     return code_RP.clamp_(max=127).copysign_(value_RP).to(torch.int8), scale_RL
 
 
@@ -227,14 +189,14 @@ def decode_exp_avg(code_RP: Tensor, scale_RL: Tensor) -> Tensor:
     return unscaled(code_RP, scale_RL).square_().square_().copysign_(code_RP)
 
 
-def encode_exp_avg_sq(value_RP: Tensor, dice_RP: Tensor) -> tuple[Tensor, Tensor]:
+def encode_exp_avg_sq(value_RP: Tensor, bits_RP: Tensor) -> tuple[Tensor, Tensor]:
     """uint8 codes, fp32 scales [R, L]: value ≈ (code · scale)⁸, scale = max value^(1/8) / 255 over a block.
 
     The mean of the root is exact. A value above 0 has a code of at least 1: decoded as 0 it would let the next
     update divide by eps alone.
     """
     code_RP, scale_RL = scaled(square_root(square_root(square_root(value_RP))), 255)
-    code_RP = code_RP.add_(dice_RP * 2.0**-16).floor_().clamp_(max=255)
+    code_RP = code_RP.add_((bits_RP & 0xFFFF) * 2.0**-16).floor_().clamp_(max=255)
     return torch.maximum(code_RP, value_RP > 0).to(torch.uint8), scale_RL
 
 
@@ -254,8 +216,6 @@ def unscaled(code_RP: Tensor, scale_RL: Tensor) -> Tensor:
     """code · scale in fp32."""
     return (code_RP.unflatten(1, (-1, BLOCK)) * scale_RL[:, :, None]).flatten(1)
 
-
-# Random bits.
 
 GOLDEN = 0x9E3779B9 - 2**32  # 2^32 divided by the golden ratio, as a signed number
 
@@ -288,7 +248,7 @@ def fold(seed: int) -> int:
     return (bits ^ bits >> 31) % 2**32 - 2**31
 
 
-def check_rows(*operands: Tensor | None) -> None:
-    """Rows of whole blocks, contiguous inside."""
-    assert operands[0].shape[1] % BLOCK == 0
-    assert all(operand.stride(1) == 1 for operand in operands if operand is not None)
+def check_rows(*arrays: Tensor | None) -> None:
+    """Rows of whole blocks, one after the other."""
+    assert arrays[0].shape[1] % BLOCK == 0
+    assert all(array.is_contiguous() for array in arrays if array is not None)

@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from experts.resident import ResidentBank
 from experts.store import PROJECTIONS
 from experts.streamed import StreamedExperts, StreamSettings, export_name
-from kernels.adamw import AdamW, State, clip_factors, sum_of_squares, update_rows_reference
+from kernels.adamw import AdamW, State, clip_factors, sum_of_squares, update_rows
 from kernels.reference import Routing, inverse, route
 from model import PragnosiaForCausalLM
 from model.presets import preset_config
@@ -53,7 +53,7 @@ class Resident:
     """The same with parameters, updated after backward by the optimizer's specification."""
 
     def __init__(self, device="cpu", dtype=torch.float32, **changes):
-        self.settings, self.updates = settings(**changes), 0
+        self.settings = settings(**changes)
         self.banks = [ResidentBank(CONFIG).to(device, dtype) for _ in range(LAYERS)]
         self.state = []
         for layer, bank in enumerate(self.banks):
@@ -61,8 +61,8 @@ class Resident:
                 parameter = getattr(bank, name)
                 parameter.data.copy_(SOURCE(export_name(layer, name), parameter.shape, None))
             size = 3 * WIDTH * EXPERT_WIDTH
-            moments = [torch.zeros(EXPERTS, size) for _ in range(2)]
-            self.state.append((State(*moments), torch.zeros(EXPERTS, dtype=torch.int32)))
+            updates = torch.zeros(EXPERTS, 1, dtype=torch.int32)
+            self.state.append(State(updates, *torch.zeros(2, EXPERTS, size)))
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {
@@ -76,13 +76,13 @@ class Resident:
         if not boundary:
             return
         s = self.settings
-        for bank, (state, updates) in zip(self.banks, self.state, strict=True):
+        for bank, state in zip(self.banks, self.state, strict=True):
             parameters = [getattr(bank, name) for name in PROJECTIONS]
             rows = torch.cat([p.detach().flatten(1) for p in parameters], 1).cpu()
             grads = torch.cat([p.grad.flatten(1) for p in parameters], 1).cpu()
             factors, _ = clip_factors(sum_of_squares(grads), s.max_norm)
-            optimizer = AdamW(s.learning_rate, *s.betas, 1e-8, s.weight_decay)
-            update_rows_reference(rows, grads, state, updates, factors, optimizer, 0, False)
+            optimizer = AdamW(s.learning_rate, *s.betas, 1e-8, s.weight_decay, False)
+            update_rows(rows, grads, state, factors, optimizer, 0)
             parts = rows.split([p[0].numel() for p in parameters], 1)
             for parameter, part in zip(parameters, parts, strict=True):
                 parameter.data.copy_(part.view(parameter.shape))

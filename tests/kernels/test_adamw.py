@@ -27,27 +27,31 @@ from kernels.adamw import (
 settings.register_profile("adamw", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("adamw")
 
-SETTINGS = AdamW(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+SETTINGS = AdamW(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, stochastic=True)
 KINDS = ("fp32", "bf16", "8bit", "master")
 
 
-def empty_rows(rows: int, length: int, dtype: torch.dtype, gap: int = 0) -> torch.Tensor:
-    """Zeros [rows, length] whose rows are `gap` values apart in a buffer of sevens."""
-    buffer = torch.full((rows, length + gap), 7, dtype=dtype)
-    buffer[:, :length] = 0
-    return buffer[:, :length]
+def empty_rows(rows: int, length: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros [rows, length] in a buffer of sevens, `BLOCK` of them before and after."""
+    buffer = torch.full((2 * BLOCK + rows * length,), 7, dtype=dtype)
+    return buffer[BLOCK : BLOCK + rows * length].zero_().view(rows, length)
 
 
-def empty_state(kind: str, rows: int, length: int, gap: int = 0) -> State:
+def empty_state(kind: str, rows: int, length: int) -> State:
     def zeros(dtype, values=length):
-        return empty_rows(rows, values, dtype, gap)
+        return empty_rows(rows, values, dtype)
 
+    updates = zeros(torch.int32, 1)
     if kind == "8bit":
         scales = [zeros(torch.float32, length // BLOCK) for _ in range(2)]
-        return State(zeros(torch.int8), zeros(torch.uint8), *scales)
+        return State(updates, zeros(torch.int8), zeros(torch.uint8), *scales)
     dtype = torch.float32 if kind == "fp32" else torch.bfloat16
     master = zeros(torch.float32) if kind == "master" else None
-    return State(zeros(dtype), zeros(dtype), master_RP=master)
+    return State(updates, zeros(dtype), zeros(dtype), master_RP=master)
+
+
+def on_device(state: State, device: str) -> State:
+    return State(*(None if array is None else array.to(device) for array in state))
 
 
 def heavy_tailed(rows: int, length: int, sigma: float = 1.15) -> torch.Tensor:
@@ -60,7 +64,6 @@ def test_equals_torch_where_rows_skip_steps(beta2):
     torch.manual_seed(0)
     rules = SETTINGS._replace(beta2=beta2)
     weight_RP, state = torch.randn(4, 2 * BLOCK), empty_state("fp32", 4, 2 * BLOCK)
-    updates_R = torch.zeros(4, dtype=torch.int32)
     expected = [torch.nn.Parameter(row.clone()) for row in weight_RP]
     optimizer = torch.optim.AdamW(
         expected, lr=rules.lr, betas=rules[1:3], eps=rules.eps, weight_decay=rules.weight_decay, foreach=False
@@ -71,9 +74,9 @@ def test_equals_torch_where_rows_skip_steps(beta2):
         for row, parameter in enumerate(expected):
             parameter.grad = grad_RP[row] * factor_R[row] if factor_R[row] else None
         optimizer.step()
-        update_rows(weight_RP, grad_RP, state, updates_R, factor_R, rules, step, stochastic=True)
+        update_rows(weight_RP, grad_RP, state, factor_R, rules, step)
     torch.testing.assert_close(weight_RP, torch.stack(list(expected)).detach(), rtol=1e-6, atol=1e-7)
-    assert updates_R.tolist() == [5, 4, 2, 0]
+    assert state.updates_R1.flatten().tolist() == [5, 4, 2, 0]
 
 
 @st.composite
@@ -82,7 +85,6 @@ def cases(draw):
     return {
         "kind": draw(st.sampled_from(KINDS)),
         "shape": (rows, blocks * BLOCK),
-        "gap": draw(st.sampled_from([0, 3, BLOCK])),
         "grad_dtype": draw(st.sampled_from([torch.float32, torch.bfloat16])),
         "size": draw(st.sampled_from([0.0, 1e-44, 1e-20, 1e-6, 1.0, 1e12])),
         "skipped": draw(st.lists(st.booleans(), min_size=rows, max_size=rows)),
@@ -93,7 +95,7 @@ def cases(draw):
 
 @given(cases())
 def test_any_rows(case):
-    """Skipped rows and the space between rows keep their bits, the layout is of no account, nothing explodes."""
+    """Skipped rows and what lies around the rows keep their bits, and nothing explodes."""
     rows, length = case["shape"]
     torch.manual_seed(case["seed"] % 2**32)
     skipped_R = torch.tensor(case["skipped"])
@@ -101,32 +103,35 @@ def test_any_rows(case):
     grad_RP[skipped_R, ::2] = torch.nan
     dtype = torch.float32 if case["kind"] == "fp32" else torch.bfloat16
 
-    results = []
-    for gap in (case["gap"], 0):
-        weight_RP = empty_rows(rows, length, dtype, gap).copy_(start_RP)
-        state = empty_state(case["kind"], rows, length, gap)
-        if state.master_RP is not None:
-            state.master_RP.copy_(start_RP)
-        updates_R = torch.zeros(rows, dtype=torch.int32)
-        grads_RP = empty_rows(rows, length, case["grad_dtype"], gap).copy_(grad_RP)
-        for factor_R in (torch.ones(rows), (~skipped_R).float()):  # the first call makes a state to be kept
-            before = [x.clone() for x in (weight_RP, *state, updates_R) if x is not None]
-            grads = grads_RP.nan_to_num(0.0) if factor_R.all() else grads_RP
-            update_rows(
-                weight_RP, grads, state, updates_R, factor_R, SETTINGS, case["seed"], case["stochastic"]
-            )
-        after = [x for x in (weight_RP, *state, updates_R) if x is not None]
-        for old, new in zip(before, after, strict=True):
-            assert torch.equal(old[skipped_R], new[skipped_R])
-            assert new.isfinite().all()
-            if gap and new is not updates_R:
-                assert (new.as_strided((rows, gap), new.stride(), new.shape[1]) == 7).all()
-        assert updates_R.tolist() == [1 if skip else 2 for skip in case["skipped"]]
-        moved = (weight_RP.float() - start_RP.to(dtype).float()).abs()
-        assert (moved <= 2.5 * SETTINGS.lr + 0.02 * start_RP.abs()).all()  # a step of Adam is near lr
-        results.append(after)
-    for strided, contiguous in zip(*results, strict=True):
-        assert torch.equal(strided, contiguous)
+    weight_RP, state = (
+        empty_rows(rows, length, dtype).copy_(start_RP),
+        empty_state(case["kind"], rows, length),
+    )
+    if state.master_RP is not None:
+        state.master_RP.copy_(start_RP)
+    grads_RP, settings = grad_RP.to(case["grad_dtype"]), SETTINGS._replace(stochastic=case["stochastic"])
+    for factor_R in (torch.ones(rows), (~skipped_R).float()):  # the first call makes a state to be kept
+        before = [x.clone() for x in (weight_RP, *state) if x is not None]
+        grads = grads_RP.nan_to_num(0.0) if factor_R.all() else grads_RP
+        update_rows(weight_RP, grads, state, factor_R, settings, case["seed"])
+    after = [x for x in (weight_RP, *state) if x is not None]
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(old[skipped_R], new[skipped_R])
+        assert new.isfinite().all()
+        sevens = [new.as_strided((BLOCK,), (1,), start) for start in (0, BLOCK + new.numel())]
+        assert (torch.cat(sevens) == 7).all()
+    assert state.updates_R1.flatten().tolist() == [1 if skip else 2 for skip in case["skipped"]]
+    moved = (weight_RP.float() - start_RP.to(dtype).float()).abs()
+    assert (moved <= 2.5 * SETTINGS.lr + 0.02 * start_RP.abs()).all()  # a step of Adam is near lr
+
+
+@pytest.mark.parametrize("length", [BLOCK, BLOCK // 2])
+def test_rows_that_are_apart_or_end_in_a_block_are_refused(length):
+    weight_RP = torch.zeros(2, 2 * BLOCK)[:, :length]
+    with pytest.raises(AssertionError):
+        update_rows(weight_RP, weight_RP.clone(), empty_state("fp32", 2, length), torch.ones(2), SETTINGS, 0)
+    with pytest.raises(AssertionError):
+        accumulate_rows(weight_RP, weight_RP, 0, True)
 
 
 def test_stochastic_rounding_is_unbiased():
@@ -212,7 +217,7 @@ def test_rounded_moments_give_nearly_the_same_updates(kind, stochastic, allowed)
     """Root mean square error of an update against fp32 moments, and no update far above the largest of these."""
     torch.manual_seed(0)
     size_RP, drift_RP = heavy_tailed(4, 8 * BLOCK), 0.2 * torch.randn(4, 8 * BLOCK)
-    rules, counts = SETTINGS._replace(lr=1.0, weight_decay=0.0), torch.zeros(4, dtype=torch.int32)
+    rules = SETTINGS._replace(lr=1.0, weight_decay=0.0, stochastic=stochastic)
     exact, rounded = empty_state("fp32", 4, 8 * BLOCK), empty_state(kind, 4, 8 * BLOCK)
     error = norm = 0.0
     for step in range(60):
@@ -220,9 +225,8 @@ def test_rounded_moments_give_nearly_the_same_updates(kind, stochastic, allowed)
         moved = []
         for state in (exact, rounded):
             weight_RP = torch.zeros_like(size_RP)  # fp32 and from 0, so that it ends as the update
-            update_rows(weight_RP, grad_RP, state, counts.clone(), torch.ones(4), rules, step, stochastic)
+            update_rows(weight_RP, grad_RP, state, torch.ones(4), rules, step)
             moved.append(weight_RP)
-        counts += 1
         error += (moved[0] - moved[1]).square().sum()
         norm += moved[0].square().sum()
         assert moved[1].abs().max() < 2.5
@@ -231,25 +235,24 @@ def test_rounded_moments_give_nearly_the_same_updates(kind, stochastic, allowed)
 
 def test_stochastic_bfloat16_moments_can_fall():
     """A beta2 of 0.999 takes off 0.1% a step; rounding to nearest would lose every one of these steps."""
-    rules, ones_R = SETTINGS._replace(beta2=0.999), torch.ones(1)
     for stochastic, expected in ((True, 0.999**300), (False, 1.0)):
+        rules = SETTINGS._replace(beta2=0.999, stochastic=stochastic)
         state, weight = empty_state("bf16", 1, 16 * BLOCK), torch.zeros(1, 16 * BLOCK)
         state.exp_avg_sq_RP.fill_(1.0)
         for step in range(300):
-            zeros, counts = torch.zeros(1, 16 * BLOCK), torch.zeros(1, dtype=torch.int32)
-            update_rows(weight, zeros, state, counts, ones_R, rules, step, stochastic)
+            update_rows(weight, torch.zeros_like(weight), state, torch.ones(1), rules, step)
         assert state.exp_avg_sq_RP.float().mean() == pytest.approx(expected, rel=2e-3)
 
 
 def test_small_updates_of_bfloat16_weights_add_up():
     """Steps of 1e-4 from 1.0, where bf16 has a spacing of 2^-8 below and 2^-7 above."""
-    rules = AdamW(lr=1e-4, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0)
     ends = {}
     for stochastic in (True, False):
-        weight, counts = torch.ones(1, 16 * BLOCK).bfloat16(), torch.zeros(1, dtype=torch.int32)
-        state, grad = empty_state("fp32", 1, 16 * BLOCK), torch.ones(1, 16 * BLOCK)
+        rules = AdamW(lr=1e-4, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0, stochastic=stochastic)
+        weight, grad = torch.ones(1, 16 * BLOCK).bfloat16(), torch.ones(1, 16 * BLOCK)
+        state = empty_state("fp32", 1, 16 * BLOCK)
         for step in range(100):
-            update_rows(weight, grad, state, counts, torch.ones(1), rules, step, stochastic)
+            update_rows(weight, grad, state, torch.ones(1), rules, step)
         ends[stochastic] = weight.float().mean().item()
     assert ends[False] == 1.0
     assert ends[True] == pytest.approx(0.99, abs=4 * (0.01 * 2**-8 / (16 * BLOCK)) ** 0.5)
@@ -260,11 +263,10 @@ def test_master_copy_is_exact_and_weights_its_nearest():
     exact_RP, state = torch.randn(2, BLOCK), empty_state("master", 2, BLOCK)
     state.master_RP.copy_(exact_RP)
     weight_RP, reference_state = exact_RP.bfloat16(), empty_state("bf16", 2, BLOCK)
-    counts = [torch.zeros(2, dtype=torch.int32) for _ in range(2)]
     for step in range(3):
         grad_RP = torch.randn(2, BLOCK)
-        update_rows(weight_RP, grad_RP, state, counts[0], torch.ones(2), SETTINGS, step, True)
-        update_rows(exact_RP, grad_RP, reference_state, counts[1], torch.ones(2), SETTINGS, step, True)
+        update_rows(weight_RP, grad_RP, state, torch.ones(2), SETTINGS, step)
+        update_rows(exact_RP, grad_RP, reference_state, torch.ones(2), SETTINGS, step)
         assert torch.equal(state.master_RP, exact_RP)
         assert torch.equal(weight_RP, exact_RP.bfloat16())
 
@@ -275,15 +277,14 @@ def test_clipping_is_that_of_torch_row_by_row(dtype):
     grad_RP = (torch.randn(5, BLOCK) * torch.tensor([[1e-3], [0.05], [1.0], [1e4], [0.0]])).to(dtype)
     halves = [sum_of_squares(part) for part in (grad_RP[:, :100], grad_RP[:, 100:])]
     torch.testing.assert_close(halves[0] + halves[1], sum_of_squares(grad_RP))
-    for scale in (0.25, torch.tensor(0.25)):
-        factor_R, refused_R = clip_factors(sum_of_squares(grad_RP), 1.0, scale)
-        assert not refused_R.any() and factor_R.dtype == torch.float32
-        for row in range(4):
-            parameter = torch.nn.Parameter(torch.zeros(BLOCK))
-            parameter.grad = grad_RP[row].float() * 0.25
-            torch.nn.utils.clip_grad_norm_([parameter], 1.0)
-            torch.testing.assert_close(grad_RP[row].float() * factor_R[row], parameter.grad)
-        assert factor_R[4] == 0
+    factor_R, refused_R = clip_factors(sum_of_squares(grad_RP), 1.0, 0.25)
+    assert not refused_R.any() and factor_R.dtype == torch.float32
+    for row in range(4):
+        parameter = torch.nn.Parameter(torch.zeros(BLOCK))
+        parameter.grad = grad_RP[row].float() * 0.25
+        torch.nn.utils.clip_grad_norm_([parameter], 1.0)
+        torch.testing.assert_close(grad_RP[row].float() * factor_R[row], parameter.grad)
+    assert factor_R[4] == 0
     assert clip_factors(sum_of_squares(grad_RP), 0.0, 0.25)[0].tolist() == [0.25] * 4 + [0.0]
 
 
