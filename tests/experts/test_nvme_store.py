@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from experts.nvme_store import ALIGNMENT, DIRECTORY, record_places
-from experts.store import RowLayout, accumulator, quantities, row_entries
+from experts.store import RowLayout, accumulator, quantities
 from tests.experts.test_streamed import LAYERS, Streamed, batch, forward, train
 
 
@@ -53,12 +53,13 @@ def test_save_and_load_across_stores(tmp_path):
 
 @pytest.mark.parametrize("state", ["fp32", "bf16", "int8"])
 def test_places_of_a_record_are_aligned_and_apart(state):
-    entries = row_entries(RowLayout(40, 24, 1, 3), quantities(state, torch.bfloat16) | accumulator(state))
-    places, record = record_places(entries)
+    size = RowLayout(40, 24, 1, 3).slice_size
+    kept = quantities(state, torch.bfloat16, size) | accumulator(state, size)
+    places, record = record_places(kept)
     assert next(iter(places)) == "weight"
     ends = [0]
     for name, place in places.items():
-        dtype, count = entries[name]
+        dtype, count = kept[name]
         assert place.start == ends[-1] and place.stop - place.start == count * dtype.itemsize
         ends.append(-(-place.stop // ALIGNMENT) * ALIGNMENT)
     assert record == ends[-1]

@@ -26,7 +26,6 @@ def test_ranks_tile_every_projection(expert_width, hidden_size, ranks):
     row = torch.zeros(whole.row_size, dtype=torch.int64)
     for number, name in enumerate(PROJECTIONS):
         values = torch.arange(expert_width * hidden_size) + number * expert_width * hidden_size + 1
-        assert torch.equal(torch.arange(whole.row_size)[whole.projection(name)], values - 1)
         covered = torch.zeros_like(values)
         for layout in layouts:
             here, there = layout.own(name)
@@ -36,11 +35,19 @@ def test_ranks_tile_every_projection(expert_width, hidden_size, ranks):
             covered[there] += 1
         assert (covered == 1).all()
     assert torch.equal(row[: whole.values], torch.arange(whole.values) + 1)
+    gate_up, down = whole.weights(row[None])
+    assert gate_up.shape == (1, 2 * expert_width, hidden_size) and down.shape == (
+        1,
+        hidden_size,
+        expert_width,
+    )
+    assert torch.equal(torch.cat([gate_up.flatten(), down.flatten()]), row[: whole.values])
     assert not row[whole.values :].any(), "padding lies at the end"
 
 
 def stores(ranks: int, state="fp32", dtype=torch.float32, accumulate=False) -> list[BankStore]:
-    kept = quantities(state, dtype) | (accumulator(state) if accumulate else {})
+    size = RowLayout(WIDTH, SIZE, 0, ranks).slice_size
+    kept = quantities(state, dtype, size) | (accumulator(state, size) if accumulate else {})
     return [BankStore(EXPERTS, RowLayout(WIDTH, SIZE, r, ranks), kept, lock=False) for r in range(ranks)]
 
 
