@@ -172,9 +172,7 @@ class NvmeStore(BankStore):
         assert projections.keys() == set(PROJECTIONS), "records are written whole"
         count = len(projections["down_proj"])
         buffer = torch.zeros(count, self.record, dtype=torch.uint8)
-        for place, part in self._own_parts(projections):
-            for name in {"weight", "master"} & self.places.keys():
-                self._view(buffer, name)[:, place] = part.to(self.kept[name][0])
+        self._set_weights({name: self._view(buffer, name) for name in self.places}, projections)
         self._store(buffer, range(first, first + count), tuple(self.places))
 
     def rows(self) -> dict[str, Tensor]:

@@ -64,19 +64,15 @@ def gather_rows(part_RP: Tensor, whole_RP: Tensor, group: dist.ProcessGroup) -> 
 class SlotRing:
     """Pages are taken in the order in which they were announced, and released in the order they were taken."""
 
-    def __init__(
-        self,
-        stores: list[BankStore],
-        num_slots: int,
-        page_size: int,
-        device: torch.device,
-        group: dist.ProcessGroup | None,
-    ):
-        assert num_slots >= 2
-        self.stores, self.device, self.group = stores, device, group
-        self.on_gpu = device.type == "cuda"
-        self.upload, self.download = (torch.cuda.Stream(device) if self.on_gpu else None for _ in range(2))
-        self.idle = deque(make_slot(page_size, stores[0], device) for _ in range(num_slots))
+    def __init__(self, stores: list[BankStore], slots: list[Slot], group: dist.ProcessGroup | None):
+        """`group`: the ranks that each have a part of every page (None: this one has all)."""
+        assert len(slots) >= 2
+        self.stores, self.idle, self.group = stores, deque(slots), group
+        self.device = slots[0].weight_RP.device
+        self.on_gpu = self.device.type == "cuda"
+        self.upload, self.download = (
+            torch.cuda.Stream(self.device) if self.on_gpu else None for _ in range(2)
+        )
         self.idle_parts: deque[Slot] = deque()
         self.announced: deque[Page] = deque()
         self.travelling: deque[Slot] = deque()  # on their way or there, and not taken

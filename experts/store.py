@@ -20,29 +20,17 @@ from kernels.adamw import BLOCK
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-@dataclass(frozen=True)
 class RowLayout:
-    """Where the values of an expert lie in a row, and which part of it a rank holds."""
+    """Where the values of an expert lie in a row, and which slice of it a rank holds.
 
-    expert_width: int
-    hidden_size: int
-    rank: int = 0
-    ranks: int = 1
+    An expert has `values`, a row `row_size` with its padding, and a rank `slice_size` of these.
+    """
 
-    @property
-    def values(self) -> int:
-        """Values of an expert."""
-        return 3 * self.expert_width * self.hidden_size
-
-    @property
-    def slice_size(self) -> int:
-        """Values of a row on one rank, a multiple of BLOCK."""
-        return -(-self.values // (BLOCK * self.ranks)) * BLOCK
-
-    @property
-    def row_size(self) -> int:
-        """Values of a padded row."""
-        return self.slice_size * self.ranks
+    def __init__(self, expert_width: int, hidden_size: int, rank: int = 0, ranks: int = 1):
+        self.expert_width, self.hidden_size, self.rank, self.ranks = expert_width, hidden_size, rank, ranks
+        self.values = 3 * expert_width * hidden_size
+        self.slice_size = -(-self.values // (BLOCK * ranks)) * BLOCK
+        self.row_size = self.slice_size * ranks
 
     def weights(self, rows_RP: Tensor) -> tuple[Tensor, Tensor]:
         """Views of whole rows: gate above up [R, 2 F, D], and down [R, D, F]."""
@@ -153,15 +141,14 @@ class BankStore:
 
     def write(self, first: int, projections: dict[str, Tensor]) -> None:
         """Set weights of some experts, values [R, F, D] or [R, D, F], from expert `first` on."""
-        for place, part in self._own_parts(projections):
-            for name in {"weight", "master"} & self.arrays.keys():
-                self.arrays[name][first : first + len(part), place] = part.to(self.arrays[name].dtype)
+        self._set_weights({name: array[first:] for name, array in self.arrays.items()}, projections)
 
-    def _own_parts(self, projections: dict[str, Tensor]) -> Iterator[tuple[slice, Tensor]]:
-        """Where in this rank's slice of a row the weights of each projection lie, and these [R, part]."""
+    def _set_weights(self, arrays: dict[str, Tensor], projections: dict[str, Tensor]) -> None:
+        """To the first rows of each quantity that holds weights, this rank's slice of them."""
         for projection, values in projections.items():
             here, there = self.layout.own(projection)
-            yield here, values.flatten(1)[:, there]
+            for name in {"weight", "master"} & arrays.keys():
+                arrays[name][: len(values), here] = values.flatten(1)[:, there]
 
     def rows(self) -> dict[str, Tensor]:
         """Every quantity [E, entries] that a checkpoint has; to be changed in place and given to `set_rows`."""

@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import accumulate, product
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from experts.host_memory import near, return_free_memory
 from experts.nvme_store import Disk, NvmeStore
 from experts.page import Groups, grouped_matmul, grouped_outer
 from experts.placement import Placement
-from experts.ring import Slot, SlotRing, gather_rows
+from experts.ring import Slot, SlotRing, gather_rows, make_slot
 from experts.store import PROJECTIONS, STATE_QUANTITIES, BankStore, Page, RowLayout, accumulator, quantities
 from kernels.adamw import AdamW, State, accumulate_rows, clip_factors, sum_of_squares, update_rows
 from kernels.dispatch import combine, unpermute
@@ -51,12 +51,9 @@ class StreamSettings:
     """Whether forward fetches every expert, which can begin before the router has chosen."""
     max_norm: float
     """Gradient norm at which an expert is clipped; 0: never."""
-    learning_rate: float
-    weight_decay: float
-    betas: tuple[float, float]
+    optimizer: AdamW
+    """As it begins: learning rate and weight decay are those of `Placement.groups` later."""
     seed: int
-    stochastic: bool = True
-    """Whether weights are rounded to bf16 stochastically."""
     disk_layers: int = 0
     """How many layers lie in files under `nvme_path`, the others in memory."""
     nvme_path: str | None = None
@@ -84,7 +81,7 @@ class Visit:
     layer: int
     starts: list[int]
     """Where the rows of each expert begin on this rank, and where the last ones end."""
-    used: tuple[int, ...]
+    used: list[int]
     """Experts that have rows on any rank."""
     forward: list[Page]
     backward: list[Page] = field(default_factory=list)
@@ -196,45 +193,35 @@ class StreamedExperts(Placement):
         self.num_experts, self.layers = config.num_experts, config.num_hidden_layers
         rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         self.layout = RowLayout(config.moe_intermediate_size, config.hidden_size, rank, ranks)
-        size, frozen = self.layout.slice_size, settings.frozen
+        size, frozen, layers = self.layout.slice_size, settings.frozen, range(self.layers)
         self.kept = {"weight": (dtype, size)} if frozen else quantities(settings.state, dtype, size)
         kept = self.kept | (accumulator(settings.state, size) if settings.accumulate and not frozen else {})
-        bank = (self.num_experts, self.layout, kept)
-        on_disk = [
-            (layer + 1) * settings.disk_layers // self.layers > layer * settings.disk_layers // self.layers
-            for layer in range(self.layers)
-        ]  # spread evenly, so that the disk works all the time
-        lock = device.type == "cuda"
+        bank, lock = (self.num_experts, self.layout, kept), device.type == "cuda"
+        in_files = [layer * settings.disk_layers // self.layers for layer in range(self.layers + 1)]
         with near(device):
-            if settings.disk_layers:
-                buffers = (settings.page_size, settings.num_slots + 1)
-                self.disk = Disk(settings.nvme_path, kept, *buffers, lock)
+            if settings.disk_layers:  # spread evenly, so that the disk works all the time
+                self.disk = Disk(settings.nvme_path, kept, settings.page_size, settings.num_slots + 1, lock)
             self.stores = [
-                NvmeStore(*bank, self.disk, layer) if disk else BankStore(*bank, lock)
-                for layer, disk in enumerate(on_disk)
+                BankStore(*bank, lock) if before == after else NvmeStore(*bank, self.disk, layer)
+                for layer, (before, after) in enumerate(pairwise(in_files))
             ]
-        self.ring = SlotRing(self.stores, settings.num_slots, settings.page_size, device, gathering)
-        rows = 0 if settings.frozen else settings.page_size
+        slots = [make_slot(settings.page_size, self.stores[0], device) for _ in range(settings.num_slots)]
+        self.ring = SlotRing(self.stores, slots, gathering)
+        rows = 0 if frozen else settings.page_size
         self.gradient_RP = torch.zeros(rows, self.layout.row_size, dtype=dtype, device=device)
         self.refused = torch.zeros((), dtype=torch.int64, device=device)
-        self.group_settings = {
-            "name": "experts", "lr": settings.learning_rate, "weight_decay": settings.weight_decay
-        }  # fmt: skip
-        self.groups = (self.group_settings,)
-        self.accumulated: list[set[int]] = [set() for _ in range(self.layers)]
-        self.all_pages = [
-            p for layer in range(self.layers) for p in self._light(layer, range(self.num_experts))
-        ]
+        lr, decay = settings.optimizer.lr, settings.optimizer.weight_decay
+        self.groups = ({"name": "experts", "lr": lr, "weight_decay": decay},)
+        self.accumulated: list[set[int]] = [set() for _ in layers]
+        self.all_pages = [page for layer in layers for page in self._light(layer, range(self.num_experts))]
         self.planned: list[Page] = []  # by this forward, for its backward
         self.passes = 0  # backward passes so far: each rounds with random bits of its own
-        self.built = 0
+        self.unbuilt = iter(layers)
         self.is_boundary: Callable[[], bool] = lambda: True
 
     def build_bank(self, config) -> StreamedBank:
         """The banks in the order of the layers."""
-        self.built += 1
-        assert self.built <= self.layers, "one bank a layer"
-        return StreamedBank(self, self.built - 1)
+        return StreamedBank(self, next(self.unbuilt))
 
     def attach(self, engine) -> None:
         self.is_boundary = engine.is_gradient_accumulation_boundary
@@ -245,25 +232,17 @@ class StreamedExperts(Placement):
         self.refused.zero_()
         return count
 
-    # -- a microbatch ----------------------------------------------------------------------------------------
-
     def begin(self, layer: int, counts_E: Tensor) -> Visit:
         """Learn how many rows each expert has; before that, send the pages on their way if all are fetched."""
-        total_E = counts_E
+        counts_2E = counts_E.repeat(2, 1)
         if self.group is not None:
-            total_E = counts_E.clone()
-            dist.all_reduce(total_E, group=self.group)
+            dist.all_reduce(counts_2E[1], group=self.group)
         if self.settings.fetch_all:
-            later = self.all_pages[layer * len(self.all_pages) // self.layers :]
-            self.ring.announce(later)
-        counts, total = torch.stack([counts_E, total_E]).tolist()  # waits for the router
-        used = tuple(expert for expert, count in enumerate(total) if count)
-        pages = (
-            later[: len(self.all_pages) // self.layers]
-            if self.settings.fetch_all
-            else self._light(layer, used)
-        )
-        return Visit(layer, list(accumulate(counts, initial=0)), used, pages)
+            self.ring.announce(self.all_pages[layer * len(self.all_pages) // self.layers :])
+        counts, total = counts_2E.tolist()  # waits for the router
+        used = [expert for expert, count in enumerate(total) if count]
+        fetched = range(self.num_experts) if self.settings.fetch_all else used
+        return Visit(layer, list(accumulate(counts, initial=0)), used, self._light(layer, fetched))
 
     def expect_backward(self, visit: Visit) -> None:
         """Plan the layer's pages of backward, and after the last layer send them all on their way."""
@@ -286,13 +265,11 @@ class StreamedExperts(Placement):
         ends = [starts[e + 1] - starts[page.experts[0]] for page in pages for e in page.experts]
         ends_N = torch.tensor(ends, dtype=torch.int32).to(self.device, non_blocking=True)
         for page, ends_R in zip(pages, ends_N.split([len(page.experts) for page in pages]), strict=True):
-            first, stop = page.experts[0], page.experts[-1] + 1
-            counts_R = torch.tensor([starts[e + 1] - starts[e] for e in page.experts])
+            rows = slice(starts[page.experts[0]], starts[page.experts[-1] + 1])
+            groups = Groups(torch.tensor([starts[e + 1] - starts[e] for e in page.experts]))
+            groups.ends_R = ends_R
             slot = self.ring.take(page)
-            weights = self.layout.weights(slot.weight_RP[: len(page.experts)])
-            visited = VisitedPage(
-                slot, slice(starts[first], starts[stop]), Groups(counts_R, ends_R), *weights
-            )
+            visited = VisitedPage(slot, rows, groups, *self.layout.weights(slot.weight_RP[: len(ends_R)]))
             yield visited
             self.ring.release(slot, visited.changed)
 
@@ -308,12 +285,12 @@ class StreamedExperts(Placement):
             seed = (seed + number) * 1_000_003
         gradient_RP = self._gradient_rows(len(experts), gradients)
         if accumulated or not visit.boundary:
-            page.changed = ("accumulator",)
             for row, expert in enumerate(experts):
                 if expert not in accumulated:
                     buffers["accumulator"][row].zero_()
-            accumulate_rows(buffers["accumulator"], gradient_RP, ~seed, self.settings.stochastic)
+            accumulate_rows(buffers["accumulator"], gradient_RP, ~seed)
             gradient_RP = buffers["accumulator"]
+        page.changed = tuple(self.kept) if visit.boundary else ("accumulator",)
         if not visit.boundary:
             return
         squares_R = sum_of_squares(gradient_RP)
@@ -321,11 +298,10 @@ class StreamedExperts(Placement):
             dist.all_reduce(squares_R, group=self.group)
         factor_R, refused_R = clip_factors(squares_R, self.settings.max_norm, 1 / self.layout.ranks)
         self.refused += refused_R.sum()
-        lr, decay = self.group_settings["lr"], self.group_settings["weight_decay"]
-        rules = AdamW(lr, *self.settings.betas, 1e-8, decay, self.settings.stochastic)
-        state = State(*map(buffers.get, STATE_QUANTITIES))
+        group, state = self.groups[0], State(*map(buffers.get, STATE_QUANTITIES))
+        rules = self.settings.optimizer._replace(lr=group["lr"], weight_decay=group["weight_decay"])
         update_rows(buffers["weight"], gradient_RP, state, factor_R, rules, seed)
-        self.updating, page.changed = True, tuple(self.kept)
+        self.updating = True
 
     def end_backward(self, visit: Visit) -> None:
         """Note what the layer has accumulated; after the first layer, begin to fetch for the next microbatch."""
@@ -360,12 +336,10 @@ class StreamedExperts(Placement):
         dist.reduce_scatter_tensor(own_RP, by_rank_WRP.flatten(0, 1), group=self.group)
         return own_RP
 
-    # -- weights and state on the host -----------------------------------------------------------------------
-
     def fill(self, source: Callable[..., Tensor]) -> None:
         self.ring.cancel()
         width, size = self.layout.expert_width, self.layout.hidden_size
-        shapes = dict(zip(PROJECTIONS, ((1, width, size), (1, width, size), (1, size, width)), strict=True))
+        shapes = dict.fromkeys(PROJECTIONS, (1, width, size)) | {"down_proj": (1, size, width)}
 
         def fill_expert(place: tuple[int, int]) -> None:
             layer, expert = place

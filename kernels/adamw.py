@@ -11,10 +11,10 @@ lost. The random bits are a hash of (seed, row, index), not a generator with sta
 result, on any device, in any order.
 
     stored as       rounding
-    bf16 weights    stochastic if asked; always to nearest where a master copy keeps the exact value
-    bf16 moments    as the weights: to nearest, a beta2 of 0.998 or more would never let exp_avg_sq fall, for
-                    0.2% less is less than half the spacing of bf16
-    8 bit moments   always stochastic, in blocks of 256 values with one fp32 scale
+    bf16 weights    stochastic; to nearest where a master copy keeps the exact value
+    bf16 moments    stochastic: to nearest, a beta2 of 0.998 or more would never let exp_avg_sq fall, for 0.2%
+                    less is less than half the spacing of bf16
+    8 bit moments   stochastic, in blocks of 256 values with one fp32 scale
 """
 
 from typing import NamedTuple
@@ -26,14 +26,13 @@ BLOCK = 256  # values that share one scale
 
 
 class AdamW(NamedTuple):
-    """Hyperparameters of an update as in `torch.optim.AdamW`, and whether bf16 is rounded stochastically."""
+    """Hyperparameters of an update, as in `torch.optim.AdamW`."""
 
     lr: float
     beta1: float
     beta2: float
     eps: float
     weight_decay: float
-    stochastic: bool
 
 
 class State(NamedTuple):
@@ -70,8 +69,9 @@ def update_rows(
         return adamw_triton.update_rows(weight_RP, grad_RP, state, factor_R, settings, seed)
     rows_R = (factor_R > 0).nonzero().flatten()  # from here on R counts the rows that are updated
     old = State(*(None if array is None else array[rows_R] for array in state))
-    eight_bit, stochastic = state.exp_avg_scale_RL is not None, settings.stochastic
-    if eight_bit or (stochastic and torch.bfloat16 in (weight_RP.dtype, state.exp_avg_RP.dtype)):
+    eight_bit = state.exp_avg_scale_RL is not None
+    rounds_weight = weight_RP.dtype == torch.bfloat16 and state.master_RP is None
+    if rounds_weight or state.exp_avg_RP.dtype != torch.float32:
         bits_RP = random_bits(seed, rows_R, weight_RP.shape[1])
         moment_bits_RP = mix(bits_RP + GOLDEN)
 
@@ -89,13 +89,12 @@ def update_rows(
     exact_RP = weight_RP[rows_R].float() if old.master_RP is None else old.master_RP
     exact_RP.mul_(1 - settings.lr * settings.weight_decay).sub_((exp_avg_RP / denominator_RP).mul_(step_R1))
 
-    rounded_RP, scale_RL, sq_scale_RL = exact_RP, None, None
-    if stochastic and weight_RP.dtype == torch.bfloat16 and old.master_RP is None:
-        rounded_RP = round_to_bfloat16(exact_RP, bits_RP)
+    rounded_RP = round_to_bfloat16(exact_RP, bits_RP) if rounds_weight else exact_RP
+    scale_RL = sq_scale_RL = None
     if eight_bit:
         exp_avg_RP, scale_RL = encode_exp_avg(exp_avg_RP, moment_bits_RP)
         exp_avg_sq_RP, sq_scale_RL = encode_exp_avg_sq(exp_avg_sq_RP, moment_bits_RP >> 16)
-    elif stochastic and state.exp_avg_RP.dtype == torch.bfloat16:
+    elif state.exp_avg_RP.dtype == torch.bfloat16:
         exp_avg_RP = round_to_bfloat16(exp_avg_RP, moment_bits_RP)
         exp_avg_sq_RP = round_to_bfloat16(exp_avg_sq_RP, moment_bits_RP >> 16)
     new = State(old.updates_R1 + 1, exp_avg_RP, exp_avg_sq_RP, scale_RL, sq_scale_RL, exact_RP)
@@ -116,11 +115,11 @@ def bias_corrections(updates_R1: Tensor, settings: AdamW) -> tuple[Tensor, Tenso
     return step_R1.float(), (1 - settings.beta2**count_R1).rsqrt().float()
 
 
-def accumulate_rows(accumulator_RP: Tensor, grad_RP: Tensor, seed: int, stochastic: bool) -> None:
+def accumulate_rows(accumulator_RP: Tensor, grad_RP: Tensor, seed: int) -> None:
     """accumulator += gradient, in place; both fp32 or bf16. The sum is fp32, rounded stochastically to a bf16
-    accumulator if asked, else to nearest. NaN and infinity stay what they are."""
+    accumulator. NaN and infinity stay what they are."""
     check_rows(accumulator_RP, grad_RP)
-    if not stochastic or accumulator_RP.dtype == torch.float32:
+    if accumulator_RP.dtype == torch.float32:
         accumulator_RP.add_(grad_RP)
     elif accumulator_RP.is_cuda:
         from kernels import adamw_triton
@@ -160,15 +159,8 @@ def round_to_bfloat16(value_RP: Tensor, bits_RP: Tensor) -> Tensor:
     return torch.where(value_RP.isnan(), value_RP, rounded_RP)  # the carry could run through a NaN's sign
 
 
-# Moments in 8 bits: codes of a root, so that one scale serves a block whose values differ by orders of magnitude.
-# Blocks whose gradients have lognormal sizes, 300 steps, beta2 0.95, root mean square error of an update against
-# fp32 (and the largest update, in fp32 0.9), by the decades between the smallest and the largest of 3,000 values:
-#
-#     exp_avg, exp_avg_sq      0.7 decades   3.2 decades   4.9 decades
-#     linear, square root        3% (1.5)     57% (3.5)    101% (4.1; updates 21% too small)
-#     linear, 4th root           3% (2.0)     77% (23)     436% (275)
-#     square root, 8th root      3% (1.1)     11% (1.5)     43% (29)
-#     4th root, 8th root         4% (1.0)      8% (1.1)     13% (2.1)
+# Moments in 8 bits are codes of the 4th and the 8th root, so that one scale serves a block whose values differ by
+# orders of magnitude; docs/log.md has the errors of other roots.
 
 
 def encode_exp_avg(value_RP: Tensor, bits_RP: Tensor) -> tuple[Tensor, Tensor]:

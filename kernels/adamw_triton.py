@@ -21,12 +21,12 @@ def update_rows(
 ) -> None:
     """`kernels.adamw.update_rows` on CUDA; no copy from or to the host, so it runs ahead and can be captured."""
     updates_R1, *arrays = state
-    lr, beta1, beta2, eps, weight_decay, stochastic = settings
+    lr, beta1, beta2, eps, weight_decay = settings
     update_kernel[grid(weight_RP)](
         *map(as_bits, (weight_RP, grad_RP, *arrays)),
         factor_R, *bias_corrections(updates_R1, settings),
-        beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay, fold(seed), weight_RP.shape[1],
-        stochastic, **TILE, **LAUNCH,
+        beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay,
+        fold(seed), weight_RP.shape[1], **TILE, **LAUNCH,
     )  # fmt: skip
     updates_R1 += (factor_R > 0)[:, None]
 
@@ -50,16 +50,14 @@ def as_bits(operand: Tensor | None) -> Tensor | None:
 def update_kernel(
     weight, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, master,
     factor_R, step_R, inverse_root_R, beta1, rest1, beta2, rest2, eps, decay, seed, P,
-    STOCHASTIC: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program updates BLOCKS blocks of one row. rest is 1 − beta, decay 1 − lr · weight decay."""
-    row, block, place, inside = tile(P, BLOCKS, BLOCK)
-    factor = tl.load(factor_R + row)
+    factor = tl.load(factor_R + tl.program_id(1))
     if not (factor > 0):
         return
-    bits = random_bits(seed, row, place)
+    row, block, place, inside, bits = tile(seed, P, BLOCKS, BLOCK)
     moment_bits = mix(bits + GOLDEN)
-    place += row * P
 
     gradient = load(grad + place, inside) * factor
     m = load(exp_avg + place, inside)
@@ -77,7 +75,7 @@ def update_kernel(
     exact = weight if master is None else master
     denominator = tl.sqrt_rn(v) * tl.load(inverse_root_R + row) + eps
     value = load(exact + place, inside) * decay - tl.div_rn(m, denominator) * tl.load(step_R + row)
-    store(weight + place, value, bits, inside, STOCHASTIC and master is None)
+    store(weight + place, value, bits, inside, master is None)
     if master is not None:
         tl.store(master + place, value, inside)
 
@@ -96,26 +94,28 @@ def update_kernel(
         tl.store(exp_avg_sq + place, code.to(tl.uint8), inside)
         tl.store(exp_avg_sq_scale + block, scale, in_row)
     else:
-        store(exp_avg + place, m, moment_bits, inside, STOCHASTIC)
-        store(exp_avg_sq + place, v, moment_bits >> 16, inside, STOCHASTIC)
+        store(exp_avg + place, m, moment_bits, inside, True)
+        store(exp_avg_sq + place, v, moment_bits >> 16, inside, True)
 
 
 @triton.jit(do_not_specialize=["seed"])
 def accumulate_kernel(accumulator, grad, seed, P, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
     """One program adds BLOCKS blocks of one row."""
-    row, _, place, inside = tile(P, BLOCKS, BLOCK)
-    bits = random_bits(seed, row, place)
-    place += row * P
+    _, _, place, inside, bits = tile(seed, P, BLOCKS, BLOCK)
     value = load(accumulator + place, inside) + load(grad + place, inside)
     store(accumulator + place, value, bits, inside, True)
 
 
 @triton.jit
-def tile(P, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's row, its blocks in it [BLOCKS], their places in it [BLOCKS, BLOCK], which of these exist."""
+def tile(seed, P, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's row, its blocks in the row [BLOCKS], and of their values [BLOCKS, BLOCK] the places in an
+    array of rows, whether they exist, and random bits."""
+    row = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     place = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    return tl.program_id(1).to(tl.int64), block, place, place < P
+    key = mix(row.to(tl.uint32) + seed.to(tl.uint32))
+    bits = mix(mix(place.to(tl.uint32) ^ key) + key)
+    return row, block, row * P + place, place < P, bits
 
 
 @triton.jit
@@ -153,12 +153,6 @@ def fourth_power(x):
 @triton.jit
 def uniform(dice):
     return (dice & 0xFFFF).to(tl.float32) * (1 / 65536)
-
-
-@triton.jit
-def random_bits(seed, row, place):
-    key = mix(row.to(tl.uint32) + seed.to(tl.uint32))
-    return mix(mix(place.to(tl.uint32) ^ key) + key)
 
 
 @triton.jit

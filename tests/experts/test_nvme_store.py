@@ -17,7 +17,7 @@ from tests.experts.test_streamed import LAYERS, Streamed, batch, forward, train
 @pytest.mark.parametrize("state", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("disk_layers", [1, LAYERS])
 def test_equal_to_the_store_in_memory_to_the_bit(tmp_path, disk_layers, state, accumulation):
-    settings = {"state": state, "accumulate": accumulation > 1, "stochastic": True}
+    settings = {"state": state, "accumulate": accumulation > 1}
     memory = Streamed(dtype=torch.bfloat16, **settings)
     disk = Streamed(dtype=torch.bfloat16, disk_layers=disk_layers, nvme_path=str(tmp_path), **settings)
     found = train(disk, accumulation=accumulation, dtype=torch.bfloat16)
@@ -38,12 +38,12 @@ def test_forwards_without_backward_lose_no_buffer(tmp_path):
 
 @pytest.mark.libaio
 def test_save_and_load_across_stores(tmp_path):
-    disk = Streamed(disk_layers=2, nvme_path=str(tmp_path), state="int8", stochastic=True)
+    disk = Streamed(disk_layers=2, nvme_path=str(tmp_path), state="int8")
     train(disk, steps=2)
     (tmp_path / "saved").mkdir()
     disk.experts.save(tmp_path / "saved")
-    memory = Streamed(state="int8", stochastic=True)
-    again = Streamed(disk_layers=3, nvme_path=str(tmp_path), state="int8", stochastic=True)
+    memory = Streamed(state="int8")
+    again = Streamed(disk_layers=3, nvme_path=str(tmp_path), state="int8")
     for other in (memory, again):
         other.experts.load(tmp_path / "saved")
     outputs = [train(model, steps=3) for model in (disk, memory, again)]

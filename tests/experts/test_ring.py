@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experts.ring import SlotRing
+from experts.ring import SlotRing, make_slot
 from experts.store import BankStore, Page, RowLayout, quantities, runs
 
 EXPERTS, LAYERS = 6, 2
@@ -33,7 +33,8 @@ def make_stores(on_gpu: bool, state: str = "int8") -> list[BankStore]:
 
 
 def make_ring(stores, num_slots=3, page_size=3, device="cpu") -> SlotRing:
-    return SlotRing(stores, num_slots, page_size, torch.device(device), None)
+    slots = [make_slot(page_size, stores[0], torch.device(device)) for _ in range(num_slots)]
+    return SlotRing(stores, slots, None)
 
 
 @given(st.sets(st.integers(0, 20), min_size=1))

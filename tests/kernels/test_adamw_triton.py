@@ -21,7 +21,6 @@ from tests.kernels.test_adamw import (  # noqa: E402
     on_device,
 )
 
-CASES = [(kind, stochastic) for kind in KINDS for stochastic in (False, True)]
 ROWS, LENGTH = 3, 9 * BLOCK  # two full tiles of four blocks and a rest
 
 
@@ -29,7 +28,7 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
-def compare_update(kind: str, stochastic: bool, device: str) -> None:
+def compare_update(kind: str, device: str) -> None:
     """Four steps with the twin on the CPU; one row rests in one step and its gradient is then NaN."""
     torch.manual_seed(0)
     dtype = torch.float32 if kind == "fp32" else torch.bfloat16
@@ -44,7 +43,6 @@ def compare_update(kind: str, stochastic: bool, device: str) -> None:
         return empty_rows(ROWS, LENGTH, dtype).copy_(start_RP).to(where), on_device(state, where)
 
     expected, actual = operands("cpu"), operands(device)
-    settings = SETTINGS._replace(stochastic=stochastic)
     for step in range(4):
         grad_RP = (size_RP * torch.randn(ROWS, LENGTH)).to(dtype)
         factor_R = torch.tensor([0.5, float(step != 1), 2.0])
@@ -53,7 +51,7 @@ def compare_update(kind: str, stochastic: bool, device: str) -> None:
             (update_rows, expected, "cpu"),
             (adamw_triton.update_rows, actual, device),
         ):
-            update(operands[0], grad_RP.to(where), operands[1], factor_R.to(where), settings, step - 2)
+            update(operands[0], grad_RP.to(where), operands[1], factor_R.to(where), SETTINGS, step - 2)
         for old, new in zip((expected[0], *expected[1]), (actual[0], *actual[1]), strict=True):
             if old is not None:
                 assert_same(new, old)
@@ -67,7 +65,7 @@ def compare_accumulate(device: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         expected = start_RP.clone()
         actual = start_RP.to(device, copy=True)
-        accumulate_rows(expected, grad_RP.to(dtype), 5, True)
+        accumulate_rows(expected, grad_RP.to(dtype), 5)
         adamw_triton.accumulate_rows(actual, grad_RP.to(dtype).to(device), 5)
         assert_same(actual, expected)
         assert actual[1, 5].isnan()
@@ -75,13 +73,13 @@ def compare_accumulate(device: str) -> None:
 
 @pytest.mark.slow
 def test_interpreter():
-    assert interpreted(__file__) == ["compared", str(len(CASES))]
+    assert interpreted(__file__) == ["compared", str(len(KINDS))]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("kind", "stochastic"), CASES)
-def test_update_on_a_gpu(kind, stochastic):
-    compare_update(kind, stochastic, "cuda")
+@pytest.mark.parametrize("kind", KINDS)
+def test_update_on_a_gpu(kind):
+    compare_update(kind, "cuda")
 
 
 @pytest.mark.gpu
@@ -124,7 +122,7 @@ def test_rows_beyond_2_to_31_values_on_a_gpu():
         state = State(torch.zeros(rows, 1, dtype=torch.int32, device="cuda"), *moments, *scales)
         weight_RP[-1, :BLOCK] = grad_RP[-1, :BLOCK] = start
         update_rows(weight_RP, grad_RP, state, factor_R, SETTINGS, 0)
-        accumulate_rows(grad_RP, weight_RP, 0, True)
+        accumulate_rows(grad_RP, weight_RP, 0)
         arrays = (weight_RP, grad_RP, *state[:5])
         assert not any(array[:-1].any() for array in arrays)
         ends.append([array[-1, :BLOCK] if array.shape[1] == length else array[-1, :1] for array in arrays])
@@ -151,7 +149,7 @@ POINTERS = {
 def test_compiles_for(capability, kind, tmp_path):
     kernel = adamw_triton.accumulate_kernel if kind == "accumulate" else adamw_triton.update_kernel
     types = {"exp_avg_scale": None, "exp_avg_sq_scale": None, "master": None, **POINTERS[kind]}
-    types |= {"STOCHASTIC": True, **adamw_triton.TILE}
+    types |= adamw_triton.TILE
     types |= {name: "*fp32" for name in kernel.arg_names if name.endswith("_R")}
     types |= dict.fromkeys(("beta1", "rest1", "beta2", "rest2", "eps", "decay"), "fp32")
     aligned = [name for name in kernel.arg_names if name == "P"]
@@ -161,7 +159,7 @@ def test_compiles_for(capability, kind, tmp_path):
 
 
 if __name__ == "__main__":
-    for case in CASES:
-        compare_update(*case, "cpu")
+    for kind in KINDS:
+        compare_update(kind, "cpu")
     compare_accumulate("cpu")
-    print("compared", len(CASES))
+    print("compared", len(KINDS))
