@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from experts.host_memory import host_array
-from experts.store import PROJECTIONS, BankStore, Page, Quantities, RowLayout, Transfer
+from experts.store import BankStore, Page, Quantities, RowLayout, Transfer
 from kernels import deepspeed_ops  # noqa: F401
 
 DIRECTORY = "pragnosia-experts-"
@@ -169,11 +169,11 @@ class NvmeStore(BankStore):
         self.writes.clear()
 
     def write(self, first: int, projections: dict[str, Tensor]) -> None:
-        assert projections.keys() == set(PROJECTIONS), "records are written whole"
-        count = len(projections["down_proj"])
-        buffer = torch.zeros(count, self.record, dtype=torch.uint8)
-        self._set_weights({name: self._view(buffer, name) for name in self.places}, projections)
-        self._store(buffer, range(first, first + count), tuple(self.places))
+        own = self.layout.own(projections)
+        buffer = torch.zeros(len(own), self.record, dtype=torch.uint8)
+        for name in {"weight", "master"} & self.kept.keys():
+            self._view(buffer, name)[:, : own.shape[1]] = own
+        self._store(buffer, range(first, first + len(own)), tuple(self.places))
 
     def rows(self) -> dict[str, Tensor]:
         names = [name for name in self.places if name != "accumulator"]

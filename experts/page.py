@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.dispatch import triton_grouped_gemm
+from kernels.dispatch import has_grouped_gemm, triton_grouped_gemm
 from kernels.reference import swiglu
 
 
@@ -78,12 +78,3 @@ def grouped_outer(grads_NO: Tensor, rows_NI: Tensor, groups: Groups) -> Tensor:
         return F.grouped_mm(grads_NO.t(), rows_NI, offs=groups.ends_R)
     pairs = zip(grads_NO.split(groups.sizes), rows_NI.split(groups.sizes), strict=True)
     return torch.stack([grads.t() @ rows for grads, rows in pairs])
-
-
-def has_grouped_gemm(rows: Tensor) -> bool:
-    """Whether `F.grouped_mm` has a kernel of its own for this device and dtype (elsewhere it loops, slower)."""
-    return (
-        rows.is_cuda
-        and rows.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(rows.device) >= (9, 0)
-    )

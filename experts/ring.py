@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from torch import Tensor
 from experts.store import BankStore, Page
 
 
+@dataclass(eq=False)
 class Slot:
     """Device buffers for one page: `buffers[quantity]` is [R, entries of a row on this rank].
 
@@ -27,13 +29,13 @@ class Slot:
     `free`.
     """
 
-    page: Page
-
-    def __init__(self, buffers: dict[str, Tensor], weight_RP: Tensor, whole: Slot | None = None):
-        self.buffers, self.weight_RP, self.whole = buffers, weight_RP, whole
-        self.parts: list[Slot] = []
-        self.uploaded: torch.cuda.Event | None = None
-        self.free: tuple[torch.cuda.Event | None, ...] = ()
+    buffers: dict[str, Tensor]
+    weight_RP: Tensor
+    whole: Slot | None = None
+    parts: list[Slot] = field(default_factory=list)
+    page: Page | None = None
+    uploaded: torch.cuda.Event | None = None
+    free: tuple[torch.cuda.Event | None, ...] = ()
 
 
 def make_slot(size: int, store: BankStore, device: torch.device) -> Slot:
@@ -137,11 +139,8 @@ class SlotRing:
             store.synchronize()
 
     def _advance(self) -> None:
-        """Start uploads, as far as there are idle slots and pages at hand.
-
-        With several ranks a page that is not at hand is waited for: an upload ends in a collective, and all ranks
-        must come to it at the same place.
-        """
+        """Start uploads as far as there are idle slots and pages at hand. Several ranks wait for a page that is
+        not: an upload ends in a collective, to which all must come at the same place."""
         while self.announced:
             page = self.announced[0]
             at_hand = self.group is not None or self.stores[page.layer].is_ready(page)
@@ -153,12 +152,12 @@ class SlotRing:
 
         Parts are handed out and come back in the order of the pages, so those of one slot come back together.
         """
-        if page.is_light and (self.idle_parts or (self.idle and self.idle[0].parts)):
-            if not self.idle_parts:
-                slot = self.idle.popleft()
-                for part in slot.parts:
-                    part.free = slot.free
-                self.idle_parts.extend(slot.parts)
+        if page.is_light and not self.idle_parts and self.idle and self.idle[0].parts:
+            slot = self.idle.popleft()
+            for part in slot.parts:
+                part.free = slot.free
+            self.idle_parts.extend(slot.parts)
+        if page.is_light and self.idle_parts:
             return self.idle_parts.popleft()
         if self.idle:
             return self.idle.popleft()

@@ -38,22 +38,14 @@ class RowLayout:
         gate_up, down, _ = rows_RP.tensor_split((2 * width * size, self.values), dim=1)
         return gate_up.unflatten(1, (2 * width, size)), down.unflatten(1, (size, width))
 
-    def own(self, name: str) -> tuple[slice, slice]:
-        """The part of a projection on this rank: its place in the rank's slice, and in the projection."""
-        size = self.expert_width * self.hidden_size
-        return overlap(PROJECTIONS.index(name) * size - self.rank * self.slice_size, size, self.slice_size)
-
-
-def overlap(start: int, length: int, space: int) -> tuple[slice, slice]:
-    """What of a piece that begins at `start` lies in 0 … `space`: its place there, and in the piece."""
-    first = min(max(start, 0), space)
-    last = max(first, min(start + length, space))
-    return slice(first, last), slice(first - start, last - start)
+    def own(self, projections: dict[str, Tensor]) -> Tensor:
+        """What this rank's slice begins with, of the weights [R, F, D] or [R, D, F] of each projection."""
+        rows_RP = torch.cat([projections[name].flatten(1) for name in PROJECTIONS], dim=1)
+        return rows_RP[:, self.rank * self.slice_size :][:, : self.slice_size]
 
 
 Quantities = dict[str, tuple[torch.dtype, int]]
 """What is kept of an expert on one rank: name -> (dtype, entries of a row)."""
-STATE_QUANTITIES = ("updates", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "master")
 
 
 def quantities(state: str, dtype: torch.dtype, size: int) -> Quantities:
@@ -140,15 +132,10 @@ class BankStore:
     # Weights and state as a whole.
 
     def write(self, first: int, projections: dict[str, Tensor]) -> None:
-        """Set weights of some experts, values [R, F, D] or [R, D, F], from expert `first` on."""
-        self._set_weights({name: array[first:] for name, array in self.arrays.items()}, projections)
-
-    def _set_weights(self, arrays: dict[str, Tensor], projections: dict[str, Tensor]) -> None:
-        """To the first rows of each quantity that holds weights, this rank's slice of them."""
-        for projection, values in projections.items():
-            here, there = self.layout.own(projection)
-            for name in {"weight", "master"} & arrays.keys():
-                arrays[name][: len(values), here] = values.flatten(1)[:, there]
+        """Set the weights of some experts, values [R, F, D] or [R, D, F], from expert `first` on."""
+        own = self.layout.own(projections)
+        for name in {"weight", "master"} & self.kept.keys():
+            self.arrays[name][first : first + len(own), : own.shape[1]] = own
 
     def rows(self) -> dict[str, Tensor]:
         """Every quantity [E, entries] that a checkpoint has; to be changed in place and given to `set_rows`."""
@@ -168,11 +155,13 @@ class BankStore:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - no dictionary
                     saved, width = file.get_slice(name), rows[name].shape[1]
-                    saved_width = saved.get_shape()[1]
-                    start = 0 if name == "updates" else part * saved_width - self.layout.rank * width
-                    here, there = overlap(start, saved_width, width)  # each rank has all of the updates
-                    if here.start < here.stop:
-                        rows[name][:, here] = saved[:, there]
+                    saved_width = saved.get_shape()[
+                        1
+                    ]  # each rank has all of the updates, and its slice of the rest
+                    place = 0 if name == "updates" else part * saved_width - self.layout.rank * width
+                    start, stop = max(place, 0), min(place + saved_width, width)
+                    if start < stop:
+                        rows[name][:, start:stop] = saved[:, start - place : stop - place]
                 metadata = file.metadata()
         self.set_rows(rows)
         return metadata

@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, pairwise, product
 from pathlib import Path
 
@@ -31,8 +31,8 @@ from experts.nvme_store import Disk, NvmeStore
 from experts.page import Groups, grouped_matmul, grouped_outer
 from experts.placement import Placement
 from experts.ring import Slot, SlotRing, gather_rows, make_slot
-from experts.store import PROJECTIONS, STATE_QUANTITIES, BankStore, Page, RowLayout, accumulator, quantities
-from kernels.adamw import AdamW, State, accumulate_rows, clip_factors, sum_of_squares, update_rows
+from experts.store import PROJECTIONS, BankStore, Page, RowLayout, accumulator, quantities
+from kernels.adamw import AdamW, accumulate_rows, clip_factors, sum_of_squares, update_rows
 from kernels.dispatch import combine, unpermute
 from kernels.reference import Routing, inverse, swiglu
 
@@ -76,22 +76,22 @@ class StreamedBank(nn.Module):
 
 @dataclass
 class Visit:
-    """One microbatch's passage through a layer."""
+    """One microbatch's passage through a layer: first forward, then `pages` are those of backward.
+
+    starts: where each expert's rows begin on this rank, and where the last end. used: experts with rows on any
+    rank. boundary: backward updates the weights, and does not only add up gradients.
+    """
 
     layer: int
     starts: list[int]
-    """Where the rows of each expert begin on this rank, and where the last ones end."""
     used: list[int]
-    """Experts that have rows on any rank."""
-    forward: list[Page]
-    backward: list[Page] = field(default_factory=list)
+    pages: list[Page]
     boundary: bool = True
-    """Whether backward updates the weights, and does not only add up gradients."""
 
 
 @dataclass
 class VisitedPage:
-    """A page in its slot, and the rows of its experts. X is 2 F: gate above up."""
+    """A page in its slot, the rows of its experts, and what goes back to the store. X is 2 F: gate above up."""
 
     slot: Slot
     rows: slice
@@ -99,7 +99,6 @@ class VisitedPage:
     gate_up_RXD: Tensor
     down_RDF: Tensor
     changed: tuple[str, ...] = ()
-    """Quantities that go back to the store."""
 
 
 class StreamedFunction(torch.autograd.Function):
@@ -110,7 +109,7 @@ class StreamedFunction(torch.autograd.Function):
         token_N = routing.order_N // weights_TK.shape[1]
         rows_ND = hidden_TD.new_empty(len(token_N), hidden_TD.shape[1])
         visit = stream.begin(layer, routing.counts_E)
-        for page in stream.visited(visit, visit.forward):
+        for page in stream.visited(visit):
             if page.rows.stop > page.rows.start:
                 middle_NF = swiglu(*gate_and_up(hidden_TD[token_N[page.rows]], page))
                 rows_ND[page.rows] = grouped_matmul(middle_NF, page.down_RDF.transpose(1, 2), page.groups)
@@ -128,7 +127,7 @@ class StreamedFunction(torch.autograd.Function):
         weight_N = weights_TK.flatten()[order_N].to(hidden_TD.dtype)
         grad_rows_ND = hidden_TD.new_zeros(len(token_N), hidden_TD.shape[1])
         grad_weight_N = torch.zeros_like(weight_N, dtype=torch.float32)
-        for page in stream.visited(ctx.visit, ctx.visit.backward):
+        for page in stream.visited(ctx.visit):
             rows, gradients = page.rows, None
             if rows.stop > rows.start:
                 tokens = token_N[rows]
@@ -183,11 +182,8 @@ class StreamedExperts(Placement):
         dtype: torch.dtype,
         groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
     ):
-        """`groups`: twice the ranks that share every expert (None: this one alone).
-
-        One gathers pages that were fetched ahead, so that collectives of the computation, on the other, need not
-        queue behind them.
-        """
+        """`groups`: twice the ranks that share every expert (None: this one alone), so that collectives of the
+        computation, on the second, need not queue behind those that gather pages ahead, on the first."""
         gathering, group = groups or (None, None)
         self.settings, self.device, self.group = settings, device, group
         self.num_experts, self.layers = config.num_experts, config.num_hidden_layers
@@ -250,18 +246,18 @@ class StreamedExperts(Placement):
         accumulated = self.accumulated[visit.layer]
         experts = sorted(accumulated.union(visit.used)) if visit.boundary else visit.used
         needed = tuple(self.kept) if visit.boundary else ("weight",)
-        visit.backward = [
+        visit.pages = [
             Page(visit.layer, chunk, needed if accumulated.isdisjoint(chunk) else (*needed, "accumulator"))
             for chunk in reversed(self._chunks(experts))
         ]
-        self.planned = visit.backward + (self.planned if visit.layer else [])
+        self.planned = visit.pages + (self.planned if visit.layer else [])
         if visit.layer == self.layers - 1:
             self.ring.announce(self.planned)
 
-    def visited(self, visit: Visit, pages: list[Page]) -> Iterator[VisitedPage]:
+    def visited(self, visit: Visit) -> Iterator[VisitedPage]:
         """Each page in its slot; when the caller comes back for the next, the slot is released."""
+        pages, starts = visit.pages, visit.starts
         self.ring.announce(pages)
-        starts = visit.starts
         ends = [starts[e + 1] - starts[page.experts[0]] for page in pages for e in page.experts]
         ends_N = torch.tensor(ends, dtype=torch.int32).to(self.device, non_blocking=True)
         for page, ends_R in zip(pages, ends_N.split([len(page.experts) for page in pages]), strict=True):
@@ -298,17 +294,15 @@ class StreamedExperts(Placement):
             dist.all_reduce(squares_R, group=self.group)
         factor_R, refused_R = clip_factors(squares_R, self.settings.max_norm, 1 / self.layout.ranks)
         self.refused += refused_R.sum()
-        group, state = self.groups[0], State(*map(buffers.get, STATE_QUANTITIES))
-        rules = self.settings.optimizer._replace(lr=group["lr"], weight_decay=group["weight_decay"])
-        update_rows(buffers["weight"], gradient_RP, state, factor_R, rules, seed)
+        lr, weight_decay = self.groups[0]["lr"], self.groups[0]["weight_decay"]
+        rules = self.settings.optimizer._replace(lr=lr, weight_decay=weight_decay)
+        update_rows({name: buffers[name] for name in self.kept}, gradient_RP, factor_R, rules, seed)
         self.updating = True
 
     def end_backward(self, visit: Visit) -> None:
         """Note what the layer has accumulated; after the first layer, begin to fetch for the next microbatch."""
-        if visit.boundary:
-            self.accumulated[visit.layer].clear()
-        else:
-            self.accumulated[visit.layer].update(visit.used)
+        held = set() if visit.boundary else self.accumulated[visit.layer].union(visit.used)
+        self.accumulated[visit.layer] = held
         if visit.layer == 0:
             self.passes += 1
             if self.settings.fetch_all:

@@ -14,7 +14,8 @@ result, on any device, in any order.
     bf16 weights    stochastic; to nearest where a master copy keeps the exact value
     bf16 moments    stochastic: to nearest, a beta2 of 0.998 or more would never let exp_avg_sq fall, for 0.2%
                     less is less than half the spacing of bf16
-    8 bit moments   stochastic, in blocks of 256 values with one fp32 scale
+    8 bit moments   stochastic: codes of the 4th and the 8th root, in blocks of 256 values with one fp32 scale, so
+                    that it serves values of different magnitudes (docs/log.md has the errors of other roots)
 """
 
 from typing import NamedTuple
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 256  # values that share one scale
+Rows = dict[str, Tensor]  # what is kept of R experts
 
 
 class AdamW(NamedTuple):
@@ -35,72 +37,59 @@ class AdamW(NamedTuple):
     weight_decay: float
 
 
-class State(NamedTuple):
-    """Optimizer state of R rows.
-
-    updates_R1 (int32): how often each row has been updated, for the bias correction. The moments exp_avg and
-    exp_avg_sq are both fp32, both bf16, or int8 and uint8 with fp32 scales. master_RP: fp32 copy of bf16 weights.
-    """
-
-    updates_R1: Tensor
-    exp_avg_RP: Tensor
-    exp_avg_sq_RP: Tensor
-    exp_avg_scale_RL: Tensor | None = None
-    exp_avg_sq_scale_RL: Tensor | None = None
-    master_RP: Tensor | None = None
-
-
-def update_rows(
-    weight_RP: Tensor, grad_RP: Tensor, state: State, factor_R: Tensor, settings: AdamW, seed: int
-) -> None:
+def update_rows(rows: Rows, grad_RP: Tensor, factor_R: Tensor, rules: AdamW, seed: int) -> None:
     """One AdamW update of each row, in place, on the device of the tensors.
 
-    weight_RP, grad_RP: fp32 or bf16. factor_R (fp32): what the gradient is multiplied by; a row whose factor is
-    not above 0 is left as it is, state and count included, and its gradient, which may be NaN, is not read.
+    rows: `weight` [R, P], fp32 or bf16; `updates` [R, 1] (int32), how often each row was updated, for the bias
+    correction; the moments `exp_avg` and `exp_avg_sq` [R, P], both fp32, both bf16, or int8 and uint8 with fp32
+    scales `exp_avg_scale` and `exp_avg_sq_scale` [R, L]; beside bf16 weights perhaps their fp32 copy `master`.
+    grad_RP: fp32 or bf16. factor_R (fp32): what the gradient is multiplied by; a row whose factor is not above 0
+    is left as it is, state and count included, and its gradient, which may be NaN, is not read.
     seed: any integer, another for each page of each step and each rank.
 
     Decoupled weight decay: Loshchilov and Hutter (arXiv 1711.05101), algorithm 2, in the form of
     `torch.optim.AdamW`. All arithmetic is fp32, each product and each sum rounded by itself.
     """
-    check_rows(weight_RP, grad_RP, *state[1:])
-    if weight_RP.is_cuda:
+    check_rows(grad_RP, *rows.values())
+    if grad_RP.is_cuda:
         from kernels import adamw_triton  # triton is not everywhere, and slow to import
 
-        return adamw_triton.update_rows(weight_RP, grad_RP, state, factor_R, settings, seed)
+        return adamw_triton.update_rows(rows, grad_RP, factor_R, rules, seed)
     rows_R = (factor_R > 0).nonzero().flatten()  # from here on R counts the rows that are updated
-    old = State(*(None if array is None else array[rows_R] for array in state))
-    eight_bit = state.exp_avg_scale_RL is not None
-    rounds_weight = weight_RP.dtype == torch.bfloat16 and state.master_RP is None
-    if rounds_weight or state.exp_avg_RP.dtype != torch.float32:
-        bits_RP = random_bits(seed, rows_R, weight_RP.shape[1])
+    old = {name: array[rows_R] for name, array in rows.items()}
+    eight_bit, moment_dtype = "exp_avg_scale" in rows, rows["exp_avg"].dtype
+    rounds_weight = rows["weight"].dtype == torch.bfloat16 and "master" not in rows
+    if rounds_weight or moment_dtype != torch.float32:
+        bits_RP = random_bits(seed, rows_R, grad_RP.shape[1])
         moment_bits_RP = mix(bits_RP + GOLDEN)
 
     if eight_bit:
-        exp_avg_RP = decode_exp_avg(old.exp_avg_RP, old.exp_avg_scale_RL)
-        exp_avg_sq_RP = decode_exp_avg_sq(old.exp_avg_sq_RP, old.exp_avg_sq_scale_RL)
+        exp_avg_RP = decode_exp_avg(old["exp_avg"], old["exp_avg_scale"])
+        exp_avg_sq_RP = decode_exp_avg_sq(old["exp_avg_sq"], old["exp_avg_sq_scale"])
     else:
-        exp_avg_RP, exp_avg_sq_RP = old.exp_avg_RP.float(), old.exp_avg_sq_RP.float()
+        exp_avg_RP, exp_avg_sq_RP = old["exp_avg"].float(), old["exp_avg_sq"].float()
     grad_RP = grad_RP[rows_R].float().mul_(factor_R[rows_R, None])
-    exp_avg_RP.mul_(settings.beta1).add_(grad_RP * (1 - settings.beta1))
-    exp_avg_sq_RP.mul_(settings.beta2).add_(grad_RP.square_().mul_(1 - settings.beta2))
+    exp_avg_RP.mul_(rules.beta1).add_(grad_RP * (1 - rules.beta1))
+    exp_avg_sq_RP.mul_(rules.beta2).add_(grad_RP.square_().mul_(1 - rules.beta2))
 
-    step_R1, inverse_root_R1 = bias_corrections(old.updates_R1, settings)
-    denominator_RP = square_root(exp_avg_sq_RP).mul_(inverse_root_R1).add_(settings.eps)
-    exact_RP = weight_RP[rows_R].float() if old.master_RP is None else old.master_RP
-    exact_RP.mul_(1 - settings.lr * settings.weight_decay).sub_((exp_avg_RP / denominator_RP).mul_(step_R1))
+    step_R1, inverse_root_R1 = bias_corrections(old["updates"], rules)
+    denominator_RP = square_root(exp_avg_sq_RP).mul_(inverse_root_R1).add_(rules.eps)
+    exact_RP = old.get("master", old["weight"]).float().mul_(1 - rules.lr * rules.weight_decay)
+    exact_RP.sub_((exp_avg_RP / denominator_RP).mul_(step_R1))
 
-    rounded_RP = round_to_bfloat16(exact_RP, bits_RP) if rounds_weight else exact_RP
-    scale_RL = sq_scale_RL = None
+    new = {"updates": old["updates"] + 1, "weight": exact_RP, "master": exact_RP}
+    if rounds_weight:
+        new["weight"] = round_to_bfloat16(exact_RP, bits_RP)
     if eight_bit:
-        exp_avg_RP, scale_RL = encode_exp_avg(exp_avg_RP, moment_bits_RP)
-        exp_avg_sq_RP, sq_scale_RL = encode_exp_avg_sq(exp_avg_sq_RP, moment_bits_RP >> 16)
-    elif state.exp_avg_RP.dtype == torch.bfloat16:
-        exp_avg_RP = round_to_bfloat16(exp_avg_RP, moment_bits_RP)
-        exp_avg_sq_RP = round_to_bfloat16(exp_avg_sq_RP, moment_bits_RP >> 16)
-    new = State(old.updates_R1 + 1, exp_avg_RP, exp_avg_sq_RP, scale_RL, sq_scale_RL, exact_RP)
-    for array, values in zip((weight_RP, *state), (rounded_RP, *new), strict=True):
-        if array is not None:
-            array[rows_R] = values.to(array.dtype)
+        new["exp_avg"], new["exp_avg_scale"] = encode_exp_avg(exp_avg_RP, moment_bits_RP)
+        new["exp_avg_sq"], new["exp_avg_sq_scale"] = encode_exp_avg_sq(exp_avg_sq_RP, moment_bits_RP >> 16)
+    elif moment_dtype == torch.bfloat16:
+        new["exp_avg"] = round_to_bfloat16(exp_avg_RP, moment_bits_RP)
+        new["exp_avg_sq"] = round_to_bfloat16(exp_avg_sq_RP, moment_bits_RP >> 16)
+    else:
+        new["exp_avg"], new["exp_avg_sq"] = exp_avg_RP, exp_avg_sq_RP
+    for name, array in rows.items():
+        array[rows_R] = new[name].to(array.dtype)
 
 
 def square_root(value_RP: Tensor) -> Tensor:
@@ -108,11 +97,11 @@ def square_root(value_RP: Tensor) -> Tensor:
     return value_RP.double().sqrt_().float()
 
 
-def bias_corrections(updates_R1: Tensor, settings: AdamW) -> tuple[Tensor, Tensor]:
+def bias_corrections(updates_R1: Tensor, rules: AdamW) -> tuple[Tensor, Tensor]:
     """lr / (1 − β1ⁿ) and 1 / √(1 − β2ⁿ) in fp32, n = updates + 1; in fp64 first, for 1 − βⁿ loses digits."""
     count_R1 = (updates_R1 + 1).double()
-    step_R1 = settings.lr / (1 - settings.beta1**count_R1)
-    return step_R1.float(), (1 - settings.beta2**count_R1).rsqrt().float()
+    step_R1 = rules.lr / (1 - rules.beta1**count_R1)
+    return step_R1.float(), (1 - rules.beta2**count_R1).rsqrt().float()
 
 
 def accumulate_rows(accumulator_RP: Tensor, grad_RP: Tensor, seed: int) -> None:
@@ -157,10 +146,6 @@ def round_to_bfloat16(value_RP: Tensor, bits_RP: Tensor) -> Tensor:
     """
     rounded_RP = (value_RP.view(torch.int32) + (bits_RP & 0xFFFF)).bitwise_and_(~0xFFFF).view(torch.float32)
     return torch.where(value_RP.isnan(), value_RP, rounded_RP)  # the carry could run through a NaN's sign
-
-
-# Moments in 8 bits are codes of the 4th and the 8th root, so that one scale serves a block whose values differ by
-# orders of magnitude; docs/log.md has the errors of other roots.
 
 
 def encode_exp_avg(value_RP: Tensor, bits_RP: Tensor) -> tuple[Tensor, Tensor]:

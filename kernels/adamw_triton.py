@@ -9,41 +9,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.adamw import BLOCK, AdamW, State, bias_corrections, fold
+from kernels.adamw import BLOCK, AdamW, Rows, bias_corrections, fold
 
 TILE = {"BLOCKS": 4, "BLOCK": BLOCK}  # of one program: a warp has one block, 8 values a thread
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 GOLDEN = tl.constexpr(0x9E3779B9)
 
 
-def update_rows(
-    weight_RP: Tensor, grad_RP: Tensor, state: State, factor_R: Tensor, settings: AdamW, seed: int
-) -> None:
+def update_rows(rows: Rows, grad_RP: Tensor, factor_R: Tensor, rules: AdamW, seed: int) -> None:
     """`kernels.adamw.update_rows` on CUDA; no copy from or to the host, so it runs ahead and can be captured."""
-    updates_R1, *arrays = state
-    lr, beta1, beta2, eps, weight_decay = settings
-    update_kernel[grid(weight_RP)](
-        *map(as_bits, (weight_RP, grad_RP, *arrays)),
-        factor_R, *bias_corrections(updates_R1, settings),
-        beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay,
-        fold(seed), weight_RP.shape[1], **TILE, **LAUNCH,
-    )  # fmt: skip
-    updates_R1 += (factor_R > 0)[:, None]
+    names = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "master")
+    arrays = (rows["weight"], grad_RP, *map(rows.get, names))
+    corrections, (lr, beta1, beta2, eps, weight_decay) = bias_corrections(rows["updates"], rules), rules
+    rates = (beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay)
+    launch(update_kernel, arrays, factor_R, *corrections, *rates, fold(seed))
+    rows["updates"] += (factor_R > 0)[:, None]
 
 
 def accumulate_rows(accumulator_RP: Tensor, grad_RP: Tensor, seed: int) -> None:
     """`kernels.adamw.accumulate_rows` with stochastic rounding to bf16, on CUDA."""
-    operands = as_bits(accumulator_RP), as_bits(grad_RP), fold(seed), grad_RP.shape[1]
-    accumulate_kernel[grid(accumulator_RP)](*operands, **TILE, **LAUNCH)
+    launch(accumulate_kernel, (accumulator_RP, grad_RP), fold(seed))
 
 
-def grid(rows_RP: Tensor) -> tuple[int, int]:
-    return triton.cdiv(rows_RP.shape[1], TILE["BLOCKS"] * BLOCK), len(rows_RP)
-
-
-def as_bits(operand: Tensor | None) -> Tensor | None:
-    """bf16 as int16."""
-    return operand.view(torch.int16) if operand is not None and operand.dtype == torch.bfloat16 else operand
+def launch(kernel, arrays: tuple[Tensor | None, ...], *numbers: Tensor | float) -> None:
+    """A program for each tile of each row. bf16 is passed as int16."""
+    rows, length = arrays[0].shape
+    arrays = (a.view(torch.int16) if a is not None and a.dtype == torch.bfloat16 else a for a in arrays)
+    grid = triton.cdiv(length, TILE["BLOCKS"] * BLOCK), rows
+    kernel[grid](*arrays, *numbers, length, **TILE, **LAUNCH)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -83,13 +76,14 @@ def update_kernel(
         root, scale = scaled(tl.sqrt_rn(tl.sqrt_rn(tl.abs(m))), 127.0)
         code = tl.floor(root)
         low = fourth_power(code)
-        up = uniform(moment_bits) * (fourth_power(code + 1) - low) < fourth_power(root) - low
+        dice = (moment_bits & 0xFFFF).to(tl.float32) * (1 / 65536)
+        up = dice * (fourth_power(code + 1) - low) < fourth_power(root) - low
         code = tl.minimum(code + up.to(tl.float32), 127.0)
         tl.store(exp_avg + place, tl.where(m < 0, -code, code).to(tl.int8), inside)
         tl.store(exp_avg_scale + block, scale, in_row)
 
         root, scale = scaled(tl.sqrt_rn(tl.sqrt_rn(tl.sqrt_rn(v))), 255.0)
-        code = tl.minimum(tl.floor(root + uniform(moment_bits >> 16)), 255.0)
+        code = tl.minimum(tl.floor(root + (moment_bits >> 16).to(tl.float32) * (1 / 65536)), 255.0)
         code = tl.maximum(code, (v > 0).to(tl.float32))
         tl.store(exp_avg_sq + place, code.to(tl.uint8), inside)
         tl.store(exp_avg_sq_scale + block, scale, in_row)
@@ -148,11 +142,6 @@ def scaled(root, largest):
 @triton.jit
 def fourth_power(x):
     return (x * x) * (x * x)
-
-
-@triton.jit
-def uniform(dice):
-    return (dice & 0xFFFF).to(tl.float32) * (1 / 65536)
 
 
 @triton.jit

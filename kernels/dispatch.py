@@ -111,6 +111,15 @@ def moves(values: Tensor, places_TK: Tensor) -> Operations:
     return _operations[chosen(values.device, 0, places_TK.shape[1], values.shape[1])]
 
 
+def has_grouped_gemm(rows: Tensor) -> bool:
+    """Whether `F.grouped_mm` has a kernel of its own for this device and dtype (elsewhere it loops, slower)."""
+    return (
+        rows.is_cuda
+        and rows.dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(rows.device) >= (9, 0)
+    )
+
+
 def triton_grouped_gemm(rows: Tensor) -> Callable[..., Tensor] | None:
     """DeepSpeed's grouped GEMM for compute capability 8.0 to 8.9, where `F.grouped_mm` runs but loops over experts
     and waits for their counts; None elsewhere, for deterministic algorithms (its tiles, and so the order of sums,

@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from experts.resident import ResidentBank
 from experts.store import PROJECTIONS
 from experts.streamed import StreamedExperts, StreamSettings, export_name
-from kernels.adamw import AdamW, State, clip_factors, sum_of_squares, update_rows
+from kernels.adamw import AdamW, clip_factors, sum_of_squares, update_rows
 from kernels.reference import Routing, inverse, route
 from model import PragnosiaForCausalLM
 from model.presets import preset_config
@@ -59,9 +59,9 @@ class Resident:
             for name in PROJECTIONS:
                 parameter = getattr(bank, name)
                 parameter.data.copy_(SOURCE(export_name(layer, name), parameter.shape, None))
-            size = 3 * WIDTH * EXPERT_WIDTH
-            updates = torch.zeros(EXPERTS, 1, dtype=torch.int32)
-            self.state.append(State(updates, *torch.zeros(2, EXPERTS, size)))
+            moments = torch.zeros(2, EXPERTS, 3 * WIDTH * EXPERT_WIDTH)
+            state = {"exp_avg": moments[0], "exp_avg_sq": moments[1]}
+            self.state.append({"updates": torch.zeros(EXPERTS, 1, dtype=torch.int32), **state})
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {
@@ -80,7 +80,7 @@ class Resident:
             rows = torch.cat([p.detach().flatten(1) for p in parameters], 1).cpu()
             grads = torch.cat([p.grad.flatten(1) for p in parameters], 1).cpu()
             factors, _ = clip_factors(sum_of_squares(grads), s.max_norm)
-            update_rows(rows, grads, state, factors, s.optimizer, 0)
+            update_rows(state | {"weight": rows}, grads, factors, s.optimizer, 0)
             parts = rows.split([p[0].numel() for p in parameters], 1)
             for parameter, part in zip(parameters, parts, strict=True):
                 parameter.data.copy_(part.view(parameter.shape))

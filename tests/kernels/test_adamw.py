@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from kernels.adamw import (
     BLOCK,
     AdamW,
-    State,
     accumulate_rows,
     clip_factors,
     decode_exp_avg,
@@ -37,21 +36,20 @@ def empty_rows(rows: int, length: int, dtype: torch.dtype) -> torch.Tensor:
     return buffer[BLOCK : BLOCK + rows * length].zero_().view(rows, length)
 
 
-def empty_state(kind: str, rows: int, length: int) -> State:
-    def zeros(dtype, values=length):
-        return empty_rows(rows, values, dtype)
+def rows_from(weight_RP: torch.Tensor, kind: str) -> dict[str, torch.Tensor]:
+    """What is kept of rows, before their first update."""
 
-    updates = zeros(torch.int32, 1)
+    def zeros(dtype, values=weight_RP.shape[1]):
+        return empty_rows(len(weight_RP), values, dtype)
+
+    rows = {"weight": zeros(weight_RP.dtype).copy_(weight_RP), "updates": zeros(torch.int32, 1)}
     if kind == "8bit":
-        scales = [zeros(torch.float32, length // BLOCK) for _ in range(2)]
-        return State(updates, zeros(torch.int8), zeros(torch.uint8), *scales)
+        rows |= {"exp_avg": zeros(torch.int8), "exp_avg_sq": zeros(torch.uint8)}
+        scales = weight_RP.shape[1] // BLOCK
+        return rows | {f"exp_avg{n}_scale": zeros(torch.float32, scales) for n in ("", "_sq")}
     dtype = torch.float32 if kind == "fp32" else torch.bfloat16
-    master = zeros(torch.float32) if kind == "master" else None
-    return State(updates, zeros(dtype), zeros(dtype), master_RP=master)
-
-
-def on_device(state: State, device: str) -> State:
-    return State(*(None if array is None else array.to(device) for array in state))
+    rows |= {"exp_avg": zeros(dtype), "exp_avg_sq": zeros(dtype)}
+    return rows | ({"master": zeros(torch.float32).copy_(weight_RP)} if kind == "master" else {})
 
 
 def heavy_tailed(rows: int, length: int, sigma: float = 1.15) -> torch.Tensor:
@@ -63,8 +61,8 @@ def heavy_tailed(rows: int, length: int, sigma: float = 1.15) -> torch.Tensor:
 def test_equals_torch_where_rows_skip_steps(beta2):
     torch.manual_seed(0)
     rules = SETTINGS._replace(beta2=beta2)
-    weight_RP, state = torch.randn(4, 2 * BLOCK), empty_state("fp32", 4, 2 * BLOCK)
-    expected = [torch.nn.Parameter(row.clone()) for row in weight_RP]
+    rows = rows_from(torch.randn(4, 2 * BLOCK), "fp32")
+    expected = [torch.nn.Parameter(row.clone()) for row in rows["weight"]]
     optimizer = torch.optim.AdamW(
         expected, lr=rules.lr, betas=rules[1:3], eps=rules.eps, weight_decay=rules.weight_decay, foreach=False
     )
@@ -74,9 +72,9 @@ def test_equals_torch_where_rows_skip_steps(beta2):
         for row, parameter in enumerate(expected):
             parameter.grad = grad_RP[row] * factor_R[row] if factor_R[row] else None
         optimizer.step()
-        update_rows(weight_RP, grad_RP, state, factor_R, rules, step)
-    torch.testing.assert_close(weight_RP, torch.stack(list(expected)).detach(), rtol=1e-6, atol=1e-7)
-    assert state.updates_R1.flatten().tolist() == [5, 4, 2, 0]
+        update_rows(rows, grad_RP, factor_R, rules, step)
+    torch.testing.assert_close(rows["weight"], torch.stack(list(expected)).detach(), rtol=1e-6, atol=1e-7)
+    assert rows["updates"].flatten().tolist() == [5, 4, 2, 0]
 
 
 @st.composite
@@ -95,42 +93,39 @@ def cases(draw):
 @given(cases())
 def test_any_rows(case):
     """Skipped rows and what lies around the rows keep their bits, and nothing explodes."""
-    rows, length = case["shape"]
+    count, length = case["shape"]
     torch.manual_seed(case["seed"] % 2**32)
     skipped_R = torch.tensor(case["skipped"])
-    start_RP, grad_RP = torch.randn(rows, length), torch.randn(rows, length) * case["size"]
+    start_RP, grad_RP = torch.randn(count, length), torch.randn(count, length) * case["size"]
     grad_RP[skipped_R, ::2] = torch.nan
     dtype = torch.float32 if case["kind"] == "fp32" else torch.bfloat16
 
-    weight_RP, state = (
-        empty_rows(rows, length, dtype).copy_(start_RP),
-        empty_state(case["kind"], rows, length),
-    )
-    if state.master_RP is not None:
-        state.master_RP.copy_(start_RP)
+    rows = rows_from(start_RP.to(dtype), case["kind"])
     grads_RP = grad_RP.to(case["grad_dtype"])
-    for factor_R in (torch.ones(rows), (~skipped_R).float()):  # the first call makes a state to be kept
-        before = [x.clone() for x in (weight_RP, *state) if x is not None]
+    for factor_R in (torch.ones(count), (~skipped_R).float()):  # the first call makes a state to be kept
+        before = [array.clone() for array in rows.values()]
         grads = grads_RP.nan_to_num(0.0) if factor_R.all() else grads_RP
-        update_rows(weight_RP, grads, state, factor_R, SETTINGS, case["seed"])
-    after = [x for x in (weight_RP, *state) if x is not None]
-    for old, new in zip(before, after, strict=True):
+        update_rows(rows, grads, factor_R, SETTINGS, case["seed"])
+    for old, new in zip(before, rows.values(), strict=True):
         assert torch.equal(old[skipped_R], new[skipped_R])
         assert new.isfinite().all()
         sevens = [new.as_strided((BLOCK,), (1,), start) for start in (0, BLOCK + new.numel())]
         assert (torch.cat(sevens) == 7).all()
-    assert state.updates_R1.flatten().tolist() == [1 if skip else 2 for skip in case["skipped"]]
-    moved = (weight_RP.float() - start_RP.to(dtype).float()).abs()
+    assert rows["updates"].flatten().tolist() == [1 if skip else 2 for skip in case["skipped"]]
+    moved = (rows["weight"].float() - start_RP.to(dtype).float()).abs()
     assert (moved <= 2.5 * SETTINGS.lr + 0.02 * start_RP.abs()).all()  # a step of Adam is near lr
 
 
 @pytest.mark.parametrize("length", [BLOCK, BLOCK // 2])
 def test_rows_that_are_apart_or_end_in_a_block_are_refused(length):
-    weight_RP = torch.zeros(2, 2 * BLOCK)[:, :length]
+    wrong_RP = torch.zeros(2, 2 * BLOCK)[:, :length]
+    rows = rows_from(wrong_RP, "fp32")
     with pytest.raises(AssertionError):
-        update_rows(weight_RP, weight_RP.clone(), empty_state("fp32", 2, length), torch.ones(2), SETTINGS, 0)
+        update_rows(rows, wrong_RP, torch.ones(2), SETTINGS, 0)
     with pytest.raises(AssertionError):
-        accumulate_rows(weight_RP, weight_RP, 0)
+        update_rows(rows | {"weight": wrong_RP}, wrong_RP.clone(), torch.ones(2), SETTINGS, 0)
+    with pytest.raises(AssertionError):
+        accumulate_rows(wrong_RP, wrong_RP, 0)
 
 
 def test_stochastic_rounding_is_unbiased():
@@ -214,15 +209,15 @@ def test_rounded_moments_give_nearly_the_same_updates(kind, allowed):
     torch.manual_seed(0)
     size_RP, drift_RP = heavy_tailed(4, 8 * BLOCK), 0.2 * torch.randn(4, 8 * BLOCK)
     rules = SETTINGS._replace(lr=1.0, weight_decay=0.0)
-    exact, rounded = empty_state("fp32", 4, 8 * BLOCK), empty_state(kind, 4, 8 * BLOCK)
+    exact, rounded = (rows_from(torch.zeros(4, 8 * BLOCK), k) for k in ("fp32", kind))
     error = norm = 0.0
     for step in range(60):
         grad_RP = size_RP * (drift_RP + torch.randn_like(size_RP))
         moved = []
-        for state in (exact, rounded):
-            weight_RP = torch.zeros_like(size_RP)  # fp32 and from 0, so that it ends as the update
-            update_rows(weight_RP, grad_RP, state, torch.ones(4), rules, step)
-            moved.append(weight_RP)
+        for rows in (exact, rounded):
+            rows["weight"] = torch.zeros_like(size_RP)  # fp32 and from 0, so that it ends as the update
+            update_rows(rows, grad_RP, torch.ones(4), rules, step)
+            moved.append(rows["weight"])
         error += (moved[0] - moved[1]).square().sum()
         norm += moved[0].square().sum()
         assert moved[1].abs().max() < 2.5
@@ -231,36 +226,37 @@ def test_rounded_moments_give_nearly_the_same_updates(kind, allowed):
 
 def test_stochastic_bfloat16_moments_can_fall():
     """A beta2 of 0.999 takes off 0.1% a step; rounding to nearest would lose every one of these steps."""
-    rules, weight = SETTINGS._replace(beta2=0.999), torch.zeros(1, 16 * BLOCK)
-    state = empty_state("bf16", 1, 16 * BLOCK)
-    state.exp_avg_sq_RP.fill_(1.0)
-    assert torch.equal((state.exp_avg_sq_RP.float() * 0.999).bfloat16(), state.exp_avg_sq_RP)
+    rules, zeros = SETTINGS._replace(beta2=0.999), torch.zeros(1, 16 * BLOCK)
+    rows = rows_from(zeros, "bf16")
+    rows["exp_avg_sq"].fill_(1.0)
+    assert torch.equal((rows["exp_avg_sq"].float() * 0.999).bfloat16(), rows["exp_avg_sq"])
     for step in range(300):
-        update_rows(weight, torch.zeros_like(weight), state, torch.ones(1), rules, step)
-    assert state.exp_avg_sq_RP.float().mean() == pytest.approx(0.999**300, rel=2e-3)
+        update_rows(rows, zeros, torch.ones(1), rules, step)
+    assert rows["exp_avg_sq"].float().mean() == pytest.approx(0.999**300, rel=2e-3)
 
 
 def test_small_updates_of_bfloat16_weights_add_up():
     """Steps of 1e-4 from 1.0, where bf16 has a spacing of 2^-8 below and 2^-7 above."""
     rules = AdamW(lr=1e-4, beta1=0.0, beta2=0.0, eps=0.0, weight_decay=0.0)
-    weight, grad = torch.ones(1, 16 * BLOCK).bfloat16(), torch.ones(1, 16 * BLOCK)
-    state = empty_state("fp32", 1, 16 * BLOCK)
+    grad = torch.ones(1, 16 * BLOCK)
+    rows = rows_from(grad.bfloat16(), "fp32")
     for step in range(100):
-        update_rows(weight, grad, state, torch.ones(1), rules, step)
-    assert weight.float().mean().item() == pytest.approx(0.99, abs=4 * (0.01 * 2**-8 / (16 * BLOCK)) ** 0.5)
+        update_rows(rows, grad, torch.ones(1), rules, step)
+    mean = rows["weight"].float().mean().item()
+    assert mean == pytest.approx(0.99, abs=4 * (0.01 * 2**-8 / (16 * BLOCK)) ** 0.5)
 
 
 def test_master_copy_is_exact_and_weights_its_nearest():
     torch.manual_seed(0)
-    exact_RP, state = torch.randn(2, BLOCK), empty_state("master", 2, BLOCK)
-    state.master_RP.copy_(exact_RP)
-    weight_RP, reference_state = exact_RP.bfloat16(), empty_state("bf16", 2, BLOCK)
+    start_RP = torch.randn(2, BLOCK)
+    rows, exact = rows_from(start_RP.bfloat16(), "master"), rows_from(start_RP, "bf16")
+    rows["master"].copy_(start_RP)
     for step in range(3):
         grad_RP = torch.randn(2, BLOCK)
-        update_rows(weight_RP, grad_RP, state, torch.ones(2), SETTINGS, step)
-        update_rows(exact_RP, grad_RP, reference_state, torch.ones(2), SETTINGS, step)
-        assert torch.equal(state.master_RP, exact_RP)
-        assert torch.equal(weight_RP, exact_RP.bfloat16())
+        for kept in (rows, exact):
+            update_rows(kept, grad_RP, torch.ones(2), SETTINGS, step)
+        assert torch.equal(rows["master"], exact["weight"])
+        assert torch.equal(rows["weight"], exact["weight"].bfloat16())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,15 +10,13 @@ triton = pytest.importorskip("triton")
 
 
 from kernels import adamw_triton  # noqa: E402
-from kernels.adamw import BLOCK, State, accumulate_rows, update_rows  # noqa: E402
+from kernels.adamw import BLOCK, accumulate_rows, update_rows  # noqa: E402
 from tests.kernels.gpu_code import SHARED, assert_fits, interpreted  # noqa: E402
 from tests.kernels.test_adamw import (  # noqa: E402
     KINDS,
     SETTINGS,
-    empty_rows,
-    empty_state,
     heavy_tailed,
-    on_device,
+    rows_from,
 )
 
 ROWS, LENGTH = 3, 9 * BLOCK  # two full tiles of four blocks and a rest
@@ -35,26 +33,17 @@ def compare_update(kind: str, device: str) -> None:
     start_RP, size_RP = torch.randn(ROWS, LENGTH), heavy_tailed(ROWS, LENGTH)
     size_RP[0, :BLOCK] = 0  # a block without gradient
 
-    def operands(where):
-        state = empty_state(kind, ROWS, LENGTH)
-        if state.master_RP is not None:
-            state.master_RP.copy_(start_RP)
-        state.updates_R1.copy_(torch.arange(ROWS)[:, None])
-        return empty_rows(ROWS, LENGTH, dtype).copy_(start_RP).to(where), on_device(state, where)
-
-    expected, actual = operands("cpu"), operands(device)
+    expected = rows_from(start_RP.to(dtype), kind)
+    expected["updates"].copy_(torch.arange(ROWS)[:, None])
+    actual = {name: array.to(device, copy=True) for name, array in expected.items()}
     for step in range(4):
         grad_RP = (size_RP * torch.randn(ROWS, LENGTH)).to(dtype)
         factor_R = torch.tensor([0.5, float(step != 1), 2.0])
         grad_RP[factor_R == 0] = torch.nan
-        for update, operands, where in (
-            (update_rows, expected, "cpu"),
-            (adamw_triton.update_rows, actual, device),
-        ):
-            update(operands[0], grad_RP.to(where), operands[1], factor_R.to(where), SETTINGS, step - 2)
-        for old, new in zip((expected[0], *expected[1]), (actual[0], *actual[1]), strict=True):
-            if old is not None:
-                assert_same(new, old)
+        update_rows(expected, grad_RP, factor_R, SETTINGS, step - 2)
+        adamw_triton.update_rows(actual, grad_RP.to(device), factor_R.to(device), SETTINGS, step - 2)
+        for name, array in expected.items():
+            assert_same(actual[name], array)
 
 
 def compare_accumulate(device: str) -> None:
@@ -95,13 +84,11 @@ def test_repeats_are_equal_on_a_gpu(kind):
     grad_RP, factor_R = torch.randn_like(start_RP), torch.ones(4, device="cuda")
     first = None
     for _ in range(50):
-        weight_RP = start_RP.clone()
-        state = on_device(empty_state(kind, 4, 64 * BLOCK), "cuda")
+        rows = {name: array.cuda() for name, array in rows_from(start_RP.cpu(), kind).items()}
         for seed in range(2):
-            adamw_triton.update_rows(weight_RP, grad_RP, state, factor_R, SETTINGS, seed)
-        result = [x for x in (weight_RP, *state) if x is not None]
-        first = first or result
-        assert all(torch.equal(old, new) for old, new in zip(first, result, strict=True))
+            adamw_triton.update_rows(rows, grad_RP, factor_R, SETTINGS, seed)
+        first = first or rows
+        assert all(torch.equal(first[name], array) for name, array in rows.items())
 
 
 @pytest.mark.gpu
@@ -114,19 +101,18 @@ def test_rows_beyond_2_to_31_values_on_a_gpu():
     factor_R[-1] = 1
     ends = []
     for length in (BLOCK, 129 * BLOCK):
-        weight_RP, grad_RP = torch.zeros(2, rows, length, dtype=torch.bfloat16, device="cuda")
-        moments = (
-            torch.zeros(rows, length, dtype=dtype, device="cuda") for dtype in (torch.int8, torch.uint8)
-        )
-        scales = torch.zeros(2, rows, length // BLOCK, device="cuda")
-        state = State(torch.zeros(rows, 1, dtype=torch.int32, device="cuda"), *moments, *scales)
-        weight_RP[-1, :BLOCK] = grad_RP[-1, :BLOCK] = start
-        update_rows(weight_RP, grad_RP, state, factor_R, SETTINGS, 0)
-        accumulate_rows(grad_RP, weight_RP, 0)
-        arrays = (weight_RP, grad_RP, *state[:5])
+        kept = {"updates": torch.zeros(rows, 1, dtype=torch.int32, device="cuda")}
+        for name, dtype in (("exp_avg", torch.int8), ("exp_avg_sq", torch.uint8)):
+            kept[name] = torch.zeros(rows, length, dtype=dtype, device="cuda")
+            kept[f"{name}_scale"] = torch.zeros(rows, length // BLOCK, device="cuda")
+        kept["weight"], grad_RP = torch.zeros(2, rows, length, dtype=torch.bfloat16, device="cuda")
+        kept["weight"][-1, :BLOCK] = grad_RP[-1, :BLOCK] = start
+        update_rows(kept, grad_RP, factor_R, SETTINGS, 0)
+        accumulate_rows(grad_RP, kept["weight"], 0)
+        arrays = (grad_RP, *kept.values())
         assert not any(array[:-1].any() for array in arrays)
         ends.append([array[-1, :BLOCK] if array.shape[1] == length else array[-1, :1] for array in arrays])
-    assert weight_RP.numel() > 2**31 and not torch.equal(ends[0][0], start.bfloat16())
+    assert grad_RP.numel() > 2**31 and not torch.equal(kept["weight"][-1, :BLOCK], start.bfloat16())
     assert all(torch.equal(short, long) for short, long in zip(*ends, strict=True))
 
 
