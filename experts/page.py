@@ -27,10 +27,8 @@ class ExpertPage(nn.Module):
 
 @dataclass
 class Groups:
-    """How many consecutive rows each expert of a page has: `sizes` on the host, `ends_R` on the device.
-
-    They are found from the counts where they are asked for; whoever has them sets them, and spares a wait.
-    """
+    """How many consecutive rows each expert of a page has: on the host `sizes`, on the device `ends_R`, found from
+    the counts where they are asked for; whoever has them sets them, and spares a wait."""
 
     counts_R: Tensor
 

@@ -24,9 +24,8 @@ class Slot:
     """Device buffers for one page: `buffers[quantity]` is [R, entries of a row on this rank].
 
     `weight_RP` are whole rows: this rank's part of them, or all ranks' parts gathered. `parts` are slots for light
-    pages in the same memory, which forward, in need of no state, fills with several pages at once; `whole` is the
-    slot that a part belongs to. The upload of `page` ends with the event `uploaded`; the next waits for all of
-    `free`.
+    pages in the same memory, of which forward, in need of no state, fills several; `whole` is the slot that a part
+    belongs to. The upload of `page` ends with the event `uploaded`; the next one waits for all of `free`.
     """
 
     buffers: dict[str, Tensor]
@@ -72,9 +71,8 @@ class SlotRing:
         self.stores, self.idle, self.group = stores, deque(slots), group
         self.device = slots[0].weight_RP.device
         self.on_gpu = self.device.type == "cuda"
-        self.upload, self.download = (
-            torch.cuda.Stream(self.device) if self.on_gpu else None for _ in range(2)
-        )
+        streams = (torch.cuda.Stream(self.device) if self.on_gpu else None for _ in range(2))
+        self.upload, self.download = streams
         self.idle_parts: deque[Slot] = deque()
         self.announced: deque[Page] = deque()
         self.travelling: deque[Slot] = deque()  # on their way or there, and not taken

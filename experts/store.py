@@ -21,10 +21,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class RowLayout:
-    """Where the values of an expert lie in a row, and which slice of it a rank holds.
-
-    An expert has `values`, a row `row_size` with its padding, and a rank `slice_size` of these.
-    """
+    """Where the `values` of an expert lie in a padded row of `row_size`, of which a rank has `slice_size`."""
 
     def __init__(self, expert_width: int, hidden_size: int, rank: int = 0, ranks: int = 1):
         self.expert_width, self.hidden_size, self.rank, self.ranks = expert_width, hidden_size, rank, ranks
@@ -91,9 +88,7 @@ class BankStore:
 
     def __init__(self, num_experts: int, layout: RowLayout, kept: Quantities, lock: bool):
         self.num_experts, self.layout, self.kept = num_experts, layout, kept
-        self.arrays = {
-            name: host_array((num_experts, size), dtype, lock) for name, (dtype, size) in kept.items()
-        }
+        self.arrays = {n: host_array((num_experts, size), dtype, lock) for n, (dtype, size) in kept.items()}
 
     # What the ring asks of a store. These rows are always at hand; a store on a disk has to fetch them.
 
@@ -106,7 +101,7 @@ class BankStore:
 
     def fetch(self, page: Page) -> Iterator[Transfer]:
         """Copies that bring an expected page to its slot."""
-        return self._transfers(page, page.quantities)
+        return self.receive(page, page.quantities)  # between the same places
 
     def fetched(self, page: Page, event: torch.cuda.Event | None) -> None:
         """Those copies are done when `event` is (None: now)."""
@@ -116,18 +111,13 @@ class BankStore:
 
     def receive(self, page: Page, changed: Iterable[str]) -> Iterator[Transfer]:
         """Copies that bring the changed quantities of a page back."""
-        return self._transfers(page, changed)
+        return ((to, name, self.arrays[name][at]) for name in changed for to, at in runs(page.experts))
 
     def received(self, page: Page, event: torch.cuda.Event | None) -> None:
         """Those copies are done when `event` is (None: now)."""
 
     def synchronize(self) -> None:
         """Wait until what was received is stored."""
-
-    def _transfers(self, page: Page, names: Iterable[str]) -> Iterator[Transfer]:
-        return (
-            (here, name, self.arrays[name][there]) for name in names for here, there in runs(page.experts)
-        )
 
     # Weights and state as a whole.
 

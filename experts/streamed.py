@@ -51,7 +51,7 @@ class StreamSettings:
     """Whether forward fetches every expert, which can begin before the router has chosen."""
     max_norm: float
     """Gradient norm at which an expert is clipped; 0: never."""
-    optimizer: AdamW
+    adamw: AdamW
     """As it begins: learning rate and weight decay are those of `Placement.groups` later."""
     seed: int
     disk_layers: int = 0
@@ -175,15 +175,10 @@ class StreamedExperts(Placement):
     """All banks of a model: their stores, the ring they pass through, and the optimizer."""
 
     def __init__(
-        self,
-        config,
-        settings: StreamSettings,
-        device: torch.device,
-        dtype: torch.dtype,
-        groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
+        self, config, settings: StreamSettings, device: torch.device, dtype: torch.dtype, groups=None
     ):
-        """`groups`: twice the ranks that share every expert (None: this one alone), so that collectives of the
-        computation, on the second, need not queue behind those that gather pages ahead, on the first."""
+        """`groups`: two process groups of the ranks that share every expert (None: this one alone), so that
+        collectives of the computation, on the second, need not queue behind those that gather pages ahead."""
         gathering, group = groups or (None, None)
         self.settings, self.device, self.group = settings, device, group
         self.num_experts, self.layers = config.num_experts, config.num_hidden_layers
@@ -193,9 +188,10 @@ class StreamedExperts(Placement):
         self.kept = {"weight": (dtype, size)} if frozen else quantities(settings.state, dtype, size)
         kept = self.kept | (accumulator(settings.state, size) if settings.accumulate and not frozen else {})
         bank, lock = (self.num_experts, self.layout, kept), device.type == "cuda"
+        # In files up to each layer: spread evenly, so that the disk works all the time.
         in_files = [layer * settings.disk_layers // self.layers for layer in range(self.layers + 1)]
         with near(device):
-            if settings.disk_layers:  # spread evenly, so that the disk works all the time
+            if settings.disk_layers:
                 self.disk = Disk(settings.nvme_path, kept, settings.page_size, settings.num_slots + 1, lock)
             self.stores = [
                 BankStore(*bank, lock) if before == after else NvmeStore(*bank, self.disk, layer)
@@ -206,8 +202,9 @@ class StreamedExperts(Placement):
         rows = 0 if frozen else settings.page_size
         self.gradient_RP = torch.zeros(rows, self.layout.row_size, dtype=dtype, device=device)
         self.refused = torch.zeros((), dtype=torch.int64, device=device)
-        lr, decay = settings.optimizer.lr, settings.optimizer.weight_decay
-        self.groups = ({"name": "experts", "lr": lr, "weight_decay": decay},)
+        self.groups = (
+            {"name": "experts", "lr": settings.adamw.lr, "weight_decay": settings.adamw.weight_decay},
+        )
         self.accumulated: list[set[int]] = [set() for _ in layers]
         self.all_pages = [page for layer in layers for page in self._light(layer, range(self.num_experts))]
         self.planned: list[Page] = []  # by this forward, for its backward
@@ -295,7 +292,7 @@ class StreamedExperts(Placement):
         factor_R, refused_R = clip_factors(squares_R, self.settings.max_norm, 1 / self.layout.ranks)
         self.refused += refused_R.sum()
         lr, weight_decay = self.groups[0]["lr"], self.groups[0]["weight_decay"]
-        rules = self.settings.optimizer._replace(lr=lr, weight_decay=weight_decay)
+        rules = self.settings.adamw._replace(lr=lr, weight_decay=weight_decay)
         update_rows({name: buffers[name] for name in self.kept}, gradient_RP, factor_R, rules, seed)
         self.updating = True
 
@@ -352,8 +349,7 @@ class StreamedExperts(Placement):
         self.ring.synchronize()
         for layer, store in enumerate(self.stores):
             gate_up_EXD, down_EDF = self.layout.weights(self._gathered(store.rows()["weight"]))
-            weights = (*gate_up_EXD.chunk(2, dim=1), down_EDF)
-            for name, values in zip(PROJECTIONS, weights, strict=True):
+            for name, values in zip(PROJECTIONS, (*gate_up_EXD.chunk(2, dim=1), down_EDF), strict=True):
                 yield export_name(layer, name), values.contiguous()
 
     def save(self, directory: Path) -> None:

@@ -63,11 +63,10 @@ def update_rows(rows: Rows, grad_RP: Tensor, factor_R: Tensor, rules: AdamW, see
         bits_RP = random_bits(seed, rows_R, grad_RP.shape[1])
         moment_bits_RP = mix(bits_RP + GOLDEN)
 
-    if eight_bit:
-        exp_avg_RP = decode_exp_avg(old["exp_avg"], old["exp_avg_scale"])
-        exp_avg_sq_RP = decode_exp_avg_sq(old["exp_avg_sq"], old["exp_avg_sq_scale"])
-    else:
-        exp_avg_RP, exp_avg_sq_RP = old["exp_avg"].float(), old["exp_avg_sq"].float()
+    exp_avg_RP, exp_avg_sq_RP = (
+        decode(old[name], old[f"{name}_scale"]) if eight_bit else old[name].float()
+        for name in ("exp_avg", "exp_avg_sq")
+    )
     grad_RP = grad_RP[rows_R].float().mul_(factor_R[rows_R, None])
     exp_avg_RP.mul_(rules.beta1).add_(grad_RP * (1 - rules.beta1))
     exp_avg_sq_RP.mul_(rules.beta2).add_(grad_RP.square_().mul_(1 - rules.beta2))
@@ -77,7 +76,8 @@ def update_rows(rows: Rows, grad_RP: Tensor, factor_R: Tensor, rules: AdamW, see
     exact_RP = old.get("master", old["weight"]).float().mul_(1 - rules.lr * rules.weight_decay)
     exact_RP.sub_((exp_avg_RP / denominator_RP).mul_(step_R1))
 
-    new = {"updates": old["updates"] + 1, "weight": exact_RP, "master": exact_RP}
+    new = {"weight": exact_RP, "master": exact_RP, "exp_avg": exp_avg_RP, "exp_avg_sq": exp_avg_sq_RP}
+    new["updates"] = old["updates"] + 1
     if rounds_weight:
         new["weight"] = round_to_bfloat16(exact_RP, bits_RP)
     if eight_bit:
@@ -86,8 +86,6 @@ def update_rows(rows: Rows, grad_RP: Tensor, factor_R: Tensor, rules: AdamW, see
     elif moment_dtype == torch.bfloat16:
         new["exp_avg"] = round_to_bfloat16(exp_avg_RP, moment_bits_RP)
         new["exp_avg_sq"] = round_to_bfloat16(exp_avg_sq_RP, moment_bits_RP >> 16)
-    else:
-        new["exp_avg"], new["exp_avg_sq"] = exp_avg_RP, exp_avg_sq_RP
     for name, array in rows.items():
         array[rows_R] = new[name].to(array.dtype)
 
@@ -161,11 +159,6 @@ def encode_exp_avg(value_RP: Tensor, bits_RP: Tensor) -> tuple[Tensor, Tensor]:
     return code_RP.clamp_(max=127).copysign_(value_RP).to(torch.int8), scale_RL
 
 
-def decode_exp_avg(code_RP: Tensor, scale_RL: Tensor) -> Tensor:
-    """fp32 values of `encode_exp_avg`'s codes."""
-    return unscaled(code_RP, scale_RL).square_().square_().copysign_(code_RP)
-
-
 def encode_exp_avg_sq(value_RP: Tensor, bits_RP: Tensor) -> tuple[Tensor, Tensor]:
     """uint8 codes, fp32 scales [R, L]: value ≈ (code · scale)⁸, scale = max value^(1/8) / 255 over a block.
 
@@ -177,9 +170,11 @@ def encode_exp_avg_sq(value_RP: Tensor, bits_RP: Tensor) -> tuple[Tensor, Tensor
     return torch.maximum(code_RP, value_RP > 0).to(torch.uint8), scale_RL
 
 
-def decode_exp_avg_sq(code_RP: Tensor, scale_RL: Tensor) -> Tensor:
-    """fp32 values of `encode_exp_avg_sq`'s codes."""
-    return unscaled(code_RP, scale_RL).square_().square_().square_()
+def decode(code_RP: Tensor, scale_RL: Tensor) -> Tensor:
+    """fp32 values of int8 codes, which have a sign and the 4th root, or of uint8 codes, which have the 8th."""
+    root_RP = (code_RP.unflatten(1, (-1, BLOCK)) * scale_RL[:, :, None]).flatten(1)
+    fourth_RP = root_RP.square_().square_()
+    return fourth_RP.copysign_(code_RP) if code_RP.dtype == torch.int8 else fourth_RP.square_()
 
 
 def scaled(root_RP: Tensor, largest: int) -> tuple[Tensor, Tensor]:
@@ -187,11 +182,6 @@ def scaled(root_RP: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     root_RLZ = root_RP.unflatten(1, (-1, BLOCK))
     scale_RL = root_RLZ.amax(2) / largest
     return (root_RLZ / scale_RL.masked_fill(scale_RL == 0, 1.0)[:, :, None]).flatten(1), scale_RL
-
-
-def unscaled(code_RP: Tensor, scale_RL: Tensor) -> Tensor:
-    """code · scale in fp32."""
-    return (code_RP.unflatten(1, (-1, BLOCK)) * scale_RL[:, :, None]).flatten(1)
 
 
 GOLDEN = 0x9E3779B9 - 2**32  # 2^32 divided by the golden ratio, as a signed number

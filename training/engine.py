@@ -148,7 +148,7 @@ def _streamed_experts(plan: Plan, args: TrainingArguments, ranks: Ranks) -> Stre
             accumulate=args.gradient_accumulation_steps > 1,
             fetch_all=plan.config.routing == "token",
             max_norm=args.gradient_clip,
-            optimizer=AdamW(args.local_learning_rate, *ADAM_BETAS, 1e-8, args.weight_decay),
+            adamw=AdamW(args.local_learning_rate, *ADAM_BETAS, 1e-8, args.weight_decay),
             seed=args.seed,
             disk_layers=plan.stream.disk_layers,
             nvme_path=args.nvme_path,

@@ -110,7 +110,7 @@ def test_bytes_of_a_step_are_those_that_are_copied(routing, state):
     config = preset_config("tiny", routing=routing)
     settings = StreamSettings(
         page_size=2, num_slots=2, state=state, accumulate=False, fetch_all=routing == "token", max_norm=1.0,
-        optimizer=AdamW(1e-3, 0.9, 0.95, 1e-8, 0.1), seed=0,
+        adamw=AdamW(1e-3, 0.9, 0.95, 1e-8, 0.1), seed=0,
     )  # fmt: skip
     placement = StreamedExperts(config, settings, torch.device("cpu"), torch.bfloat16)
     model = PragnosiaForCausalLM(config, placement.build_bank).bfloat16()

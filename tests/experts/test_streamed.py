@@ -26,7 +26,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 def settings(**changes) -> StreamSettings:
     defaults = {
         "page_size": 2, "num_slots": 2, "state": "fp32", "accumulate": False, "fetch_all": True,
-        "max_norm": 0.5, "optimizer": AdamW(1e-2, 0.9, 0.95, 1e-8, 0.1), "seed": 0,
+        "max_norm": 0.5, "adamw": AdamW(1e-2, 0.9, 0.95, 1e-8, 0.1), "seed": 0,
     }  # fmt: skip
     return StreamSettings(**(defaults | changes))
 
@@ -80,7 +80,7 @@ class Resident:
             rows = torch.cat([p.detach().flatten(1) for p in parameters], 1).cpu()
             grads = torch.cat([p.grad.flatten(1) for p in parameters], 1).cpu()
             factors, _ = clip_factors(sum_of_squares(grads), s.max_norm)
-            update_rows(state | {"weight": rows}, grads, factors, s.optimizer, 0)
+            update_rows(state | {"weight": rows}, grads, factors, s.adamw, 0)
             parts = rows.split([p[0].numel() for p in parameters], 1)
             for parameter, part in zip(parameters, parts, strict=True):
                 parameter.data.copy_(part.view(parameter.shape))

@@ -13,8 +13,7 @@ from kernels.adamw import (
     AdamW,
     accumulate_rows,
     clip_factors,
-    decode_exp_avg,
-    decode_exp_avg_sq,
+    decode,
     encode_exp_avg,
     encode_exp_avg_sq,
     random_bits,
@@ -171,7 +170,7 @@ def dice(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 def test_mean_of_8_bit_exp_avg_is_exact():
     torch.manual_seed(0)
     value_P = heavy_tailed(1, BLOCK) * torch.randn(1, BLOCK)
-    decoded = decode_exp_avg(*encode_exp_avg(value_P.expand(4000, BLOCK), dice(4000, BLOCK))).double()
+    decoded = decode(*encode_exp_avg(value_P.expand(4000, BLOCK), dice(4000, BLOCK))).double()
     error = decoded.std(0) / 4000**0.5
     assert ((decoded.mean(0) - value_P[0]).abs() <= 4.5 * error + 1e-5 * value_P[0].abs()).all()
 
@@ -182,7 +181,7 @@ def test_codes_are_bounded(size, sigma, seed):
     value_RP = heavy_tailed(2, 3 * BLOCK, sigma) * torch.randn(2, 3 * BLOCK) * size
     value_RP[0, :BLOCK] = 0
     code_RP, scale_RL = encode_exp_avg(value_RP, dice(2, 3 * BLOCK, seed))
-    decoded_RP = decode_exp_avg(code_RP, scale_RL)
+    decoded_RP = decode(code_RP, scale_RL)
     assert not decoded_RP[0, :BLOCK].any() and scale_RL[0, 0] == 0
     assert (decoded_RP * value_RP >= 0).all()
     root_RP, scale_RP = value_RP.abs() ** 0.25, scale_RL.repeat_interleave(BLOCK, 1)
@@ -190,7 +189,7 @@ def test_codes_are_bounded(size, sigma, seed):
 
     square_RP = value_RP.square().clamp(max=1e30)
     code_RP, scale_RL = encode_exp_avg_sq(square_RP, dice(2, 3 * BLOCK, seed))
-    decoded_RP = decode_exp_avg_sq(code_RP, scale_RL)
+    decoded_RP = decode(code_RP, scale_RL)
     assert torch.equal(code_RP > 0, square_RP > 0)
     scale_RP = scale_RL.repeat_interleave(BLOCK, 1)
     assert ((decoded_RP**0.125 - square_RP**0.125).abs() <= 1.001 * scale_RP).all()
