@@ -202,9 +202,8 @@ class StreamedExperts(Placement):
         rows = 0 if frozen else settings.page_size
         self.gradient_RP = torch.zeros(rows, self.layout.row_size, dtype=dtype, device=device)
         self.refused = torch.zeros((), dtype=torch.int64, device=device)
-        self.groups = (
-            {"name": "experts", "lr": settings.adamw.lr, "weight_decay": settings.adamw.weight_decay},
-        )
+        rates = {"lr": settings.adamw.lr, "weight_decay": settings.adamw.weight_decay}
+        self.groups = ({"name": "experts", **rates},)
         self.accumulated: list[set[int]] = [set() for _ in layers]
         self.all_pages = [page for layer in layers for page in self._light(layer, range(self.num_experts))]
         self.planned: list[Page] = []  # by this forward, for its backward
@@ -214,7 +213,9 @@ class StreamedExperts(Placement):
 
     def build_bank(self, config) -> StreamedBank:
         """The banks in the order of the layers."""
-        return StreamedBank(self, next(self.unbuilt))
+        layer = next(self.unbuilt, None)
+        assert layer is not None, "one bank a layer"
+        return StreamedBank(self, layer)
 
     def attach(self, engine) -> None:
         self.is_boundary = engine.is_gradient_accumulation_boundary

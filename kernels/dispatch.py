@@ -1,4 +1,5 @@
-"""The routing operations as the model calls them: in plain PyTorch, or as Triton kernels where these run."""
+"""The routing operations as the model calls them, in plain PyTorch or as Triton kernels where these run, and what
+multiplies experts."""
 
 import functools
 import importlib
