@@ -63,10 +63,8 @@ def update_rows(rows: Rows, grad_RP: Tensor, factor_R: Tensor, rules: AdamW, see
         bits_RP = random_bits(seed, rows_R, grad_RP.shape[1])
         moment_bits_RP = mix(bits_RP + GOLDEN)
 
-    exp_avg_RP, exp_avg_sq_RP = (
-        decode(old[name], old[f"{name}_scale"]) if eight_bit else old[name].float()
-        for name in ("exp_avg", "exp_avg_sq")
-    )
+    stored = ((old[name], old.get(f"{name}_scale")) for name in ("exp_avg", "exp_avg_sq"))
+    exp_avg_RP, exp_avg_sq_RP = (x.float() if scale is None else decode(x, scale) for x, scale in stored)
     grad_RP = grad_RP[rows_R].float().mul_(factor_R[rows_R, None])
     exp_avg_RP.mul_(rules.beta1).add_(grad_RP * (1 - rules.beta1))
     exp_avg_sq_RP.mul_(rules.beta2).add_(grad_RP.square_().mul_(1 - rules.beta2))
