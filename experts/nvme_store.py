@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from experts.host_memory import host_array
-from experts.store import PROJECTIONS, BankStore, Page, Quantities, RowLayout, Transfer, row_entries
+from experts.store import BankStore, Page, Quantities, RowLayout, Transfer
 from kernels import deepspeed_ops  # noqa: F401
 
 DIRECTORY = "pragnosia-experts-"
@@ -30,10 +30,10 @@ ALIGNMENT = 4096  # of offsets and lengths, for direct I/O
 BLOCK_BYTES, QUEUE_DEPTH = 1 << 20, 32
 
 
-def record_places(entries: dict[str, tuple[torch.dtype, int]]) -> tuple[dict[str, slice], int]:
+def record_places(kept: Quantities) -> tuple[dict[str, slice], int]:
     """Where each quantity lies in a record, and the length of a record, in bytes; all start at an ALIGNMENT."""
     places, end = {}, 0
-    for name, (dtype, count) in entries.items():
+    for name, (dtype, count) in kept.items():
         places[name] = slice(end, end + count * dtype.itemsize)
         end = -(-places[name].stop // ALIGNMENT) * ALIGNMENT
     return places, end
@@ -88,15 +88,13 @@ class Disk:
     The directory goes when the process ends; one that a killed process left is removed by the next.
     """
 
-    def __init__(
-        self, path: str, layout: RowLayout, kept: Quantities, page_size: int, num_buffers: int, lock: bool
-    ):
+    def __init__(self, path: str, kept: Quantities, page_size: int, num_buffers: int, lock: bool):
         from deepspeed.ops.op_builder import AsyncIOBuilder
 
         for old in leftovers(path):
             shutil.rmtree(old, ignore_errors=True)
         self.directory = tempfile.TemporaryDirectory(prefix=f"{DIRECTORY}{os.getpid()}-", dir=path)
-        _, record = record_places(row_entries(layout, kept))
+        _, record = record_places(kept)
         library = AsyncIOBuilder().load(verbose=False)
         read, write = (library.aio_handle(BLOCK_BYTES, QUEUE_DEPTH, False, True, 1) for _ in range(2))
         self.read_file, self.write_file = read.sync_pread, write.sync_pwrite
@@ -124,9 +122,8 @@ class NvmeStore(BankStore):
 
     def __init__(self, num_experts: int, layout: RowLayout, kept: Quantities, disk: Disk, layer: int):
         """Raises OSError where the disk has no room for the file."""
-        self.num_experts, self.layout = num_experts, layout
-        self.entries = row_entries(layout, kept)
-        self.places, self.record = record_places(self.entries)
+        self.num_experts, self.layout, self.kept = num_experts, layout, kept
+        self.places, self.record = record_places(kept)
         self.disk, self.path = disk, os.path.join(disk.directory.name, f"layer-{layer:03}")
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         try:
@@ -172,13 +169,11 @@ class NvmeStore(BankStore):
         self.writes.clear()
 
     def write(self, first: int, projections: dict[str, Tensor]) -> None:
-        assert projections.keys() == set(PROJECTIONS), "records are written whole"
-        count = len(projections["down_proj"])
-        buffer = torch.zeros(count, self.record, dtype=torch.uint8)
-        for place, part in self._own_parts(projections):
-            for name in {"weight", "master"} & self.places.keys():
-                self._view(buffer, name)[:, place] = part.to(self.entries[name][0])
-        self._store(buffer, range(first, first + count), tuple(self.places))
+        own = self.layout.own(projections)
+        buffer = torch.zeros(len(own), self.record, dtype=torch.uint8)
+        for name in {"weight", "master"} & self.kept.keys():
+            self._view(buffer, name)[:, : own.shape[1]] = own
+        self._store(buffer, range(first, first + len(own)), tuple(self.places))
 
     def rows(self) -> dict[str, Tensor]:
         names = [name for name in self.places if name != "accumulator"]
@@ -198,7 +193,7 @@ class NvmeStore(BankStore):
 
     def _view(self, buffer: Tensor, name: str) -> Tensor:
         """[rows of the buffer, entries] of a quantity."""
-        return buffer[:, self.places[name]].view(self.entries[name][0])
+        return buffer[:, self.places[name]].view(self.kept[name][0])
 
     def _views(self, buffer: Tensor, page: Page, names: Iterable[str]) -> Iterator[Transfer]:
         """Row by row, for a copy from or to rows that are apart would go through a buffer of its own."""

@@ -1,14 +1,13 @@
 """A page: R experts stored together, the unit that is fetched, computed and released."""
 
-import importlib
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.dispatch import wants_all
+from kernels.dispatch import has_grouped_gemm, triton_grouped_gemm
 from kernels.reference import swiglu
 
 
@@ -26,20 +25,15 @@ class ExpertPage(nn.Module):
         return swiglu_experts(rows_ND, Groups(counts_R), self.gate_proj, self.up_proj, self.down_proj)
 
 
+@dataclass
 class Groups:
-    """How many consecutive rows each expert of a page has, where it is asked for: on the host or on the device.
+    """How many consecutive rows each expert of a page has: on the host `sizes`, on the device `ends_R`, found from
+    the counts where they are asked for; whoever has them sets them, and spares a wait."""
 
-    Each form is found from the other once; whoever has both gives both, and spares a wait for the device.
-    """
-
-    def __init__(self, counts_R: Tensor, ends_R: Tensor | None = None):
-        self.counts_R = counts_R
-        if ends_R is not None:
-            self.ends_R = ends_R
+    counts_R: Tensor
 
     @cached_property
     def sizes(self) -> list[int]:
-        """Rows of each expert."""
         return self.counts_R.tolist()
 
     @cached_property
@@ -82,32 +76,3 @@ def grouped_outer(grads_NO: Tensor, rows_NI: Tensor, groups: Groups) -> Tensor:
         return F.grouped_mm(grads_NO.t(), rows_NI, offs=groups.ends_R)
     pairs = zip(grads_NO.split(groups.sizes), rows_NI.split(groups.sizes), strict=True)
     return torch.stack([grads.t() @ rows for grads, rows in pairs])
-
-
-def has_grouped_gemm(rows: Tensor) -> bool:
-    """Whether `F.grouped_mm` has a kernel of its own for this device and dtype (elsewhere it loops, slower)."""
-    return (
-        rows.is_cuda
-        and rows.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(rows.device) >= (9, 0)
-    )
-
-
-def triton_grouped_gemm(rows: Tensor) -> Callable[..., Tensor] | None:
-    """DeepSpeed's grouped GEMM for compute capability 8.0 to 8.9, where `F.grouped_mm` runs but loops over experts
-    and waits for their counts; None elsewhere, for deterministic algorithms (its tiles, and so the order of sums,
-    are chosen by timing), and unless Triton was asked for: it is not tested on such a GPU.
-    """
-    on_ampere = (
-        wants_all()
-        and rows.is_cuda
-        and rows.dtype in (torch.bfloat16, torch.float16)
-        and torch.cuda.get_device_capability(rows.device)[0] == 8
-    )
-    if not on_ampere or torch.are_deterministic_algorithms_enabled():
-        return None
-    try:  # by name, because an export copies what is imported, and DeepSpeed is not everywhere
-        operations = importlib.import_module("deepspeed.ops.triton_ops")
-    except ImportError:
-        return None
-    return operations.group_gemm_triton if operations.is_triton_available() else None

@@ -8,8 +8,9 @@ once, in the same order.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -18,103 +19,96 @@ from torch import Tensor
 from experts.store import BankStore, Page
 
 
+@dataclass(eq=False)
 class Slot:
     """Device buffers for one page: `buffers[quantity]` is [R, entries of a row on this rank].
 
     `weight_RP` are whole rows: this rank's part of them, or all ranks' parts gathered. `parts` are slots for light
-    pages in the same memory, which forward, in need of no state, fills with several pages at once; `whole` is the
-    slot that a part belongs to. An upload ends with the event `uploaded`; the next one waits for all of `free`.
+    pages in the same memory, of which forward, in need of no state, fills several; `whole` is the slot that a part
+    belongs to. The upload of `page` ends with the event `uploaded`; the next one waits for all of `free`.
     """
 
-    def __init__(self, buffers: dict[str, Tensor], weight_RP: Tensor, whole: Slot | None = None):
-        self.buffers, self.weight_RP, self.whole = buffers, weight_RP, whole
-        self.parts: list[Slot] = []
-        self.uploaded: torch.cuda.Event | None = None
-        self.free: tuple[torch.cuda.Event | None, ...] = ()
+    buffers: dict[str, Tensor]
+    weight_RP: Tensor
+    whole: Slot | None = None
+    parts: list[Slot] = field(default_factory=list)
+    page: Page | None = None
+    uploaded: torch.cuda.Event | None = None
+    free: tuple[torch.cuda.Event | None, ...] = ()
 
 
 def make_slot(size: int, store: BankStore, device: torch.device) -> Slot:
     """A slot for R = `size` experts."""
     buffers = {
         name: torch.empty(size, count, dtype=dtype, device=device)
-        for name, (dtype, count) in store.entries.items()
+        for name, (dtype, count) in store.kept.items()
     }
     weight_RP = buffers["weight"]
     if store.layout.ranks > 1:  # its parts would each need room to gather into
         return Slot(buffers, weight_RP.new_empty(size, store.layout.row_size))
-    slot = Slot(buffers, weight_RP)
-    needed = weight_RP.nbytes
+    slot, needed = Slot(buffers, weight_RP), weight_RP.nbytes
     for buffer in buffers.values():
         count = buffer.nbytes // needed if needed % 16 == 0 else int(buffer is weight_RP)  # products want 16
-        memory = buffer.view(-1).view(torch.uint8)
-        for first in range(0, count * needed, needed):
-            rows_RP = memory[first : first + needed].view(weight_RP.dtype).view_as(weight_RP)
+        for memory in buffer.view(-1).view(torch.uint8)[: count * needed].view(count, needed):
+            rows_RP = memory.view(weight_RP.dtype).view_as(weight_RP)
             slot.parts.append(Slot({"weight": rows_RP}, rows_RP, slot))
     return slot
 
 
-def gather_rows(part_RP: Tensor, whole_RP: Tensor, rows: int, group: dist.ProcessGroup) -> None:
-    """All ranks' slices [rows, P / W] of the first rows, side by side in `whole_RP` [rows, P]."""
-    ranks = whole_RP.shape[1] // part_RP.shape[1]
-    gathered_WRP = part_RP.new_empty(ranks, rows, part_RP.shape[1])
-    dist.all_gather_into_tensor(gathered_WRP.flatten(0, 1), part_RP[:rows], group=group)
-    whole_RP[:rows].unflatten(1, (ranks, -1)).copy_(gathered_WRP.transpose(0, 1))
+def gather_rows(part_RP: Tensor, whole_RP: Tensor, group: dist.ProcessGroup) -> None:
+    """All ranks' slices [R, P / W] of the rows, side by side in `whole_RP` [R, P]."""
+    gathered_WRP = part_RP.new_empty(whole_RP.shape[1] // part_RP.shape[1], *part_RP.shape)
+    dist.all_gather_into_tensor(gathered_WRP.flatten(0, 1), part_RP, group=group)
+    whole_RP.unflatten(1, (len(gathered_WRP), -1)).copy_(gathered_WRP.transpose(0, 1))
 
 
 class SlotRing:
     """Pages are taken in the order in which they were announced, and released in the order they were taken."""
 
-    def __init__(
-        self,
-        stores: list[BankStore],
-        num_slots: int,
-        page_size: int,
-        device: torch.device,
-        group: dist.ProcessGroup | None,
-    ):
-        assert num_slots >= 2
-        self.stores, self.device, self.group = stores, device, group
-        self.on_gpu = device.type == "cuda"
-        self.upload = torch.cuda.Stream(device) if self.on_gpu else None
-        self.download = torch.cuda.Stream(device) if self.on_gpu else None
-        self.idle = deque(make_slot(page_size, stores[0], device) for _ in range(num_slots))
+    def __init__(self, stores: list[BankStore], slots: list[Slot], group: dist.ProcessGroup | None):
+        """`group`: the ranks that each have a part of every page (None: this one has all)."""
+        assert len(slots) >= 2
+        self.stores, self.idle, self.group = stores, deque(slots), group
+        self.device = slots[0].weight_RP.device
+        self.on_gpu = self.device.type == "cuda"
+        streams = (torch.cuda.Stream(self.device) if self.on_gpu else None for _ in range(2))
+        self.upload, self.download = streams
         self.idle_parts: deque[Slot] = deque()
         self.announced: deque[Page] = deque()
-        self.travelling: deque[tuple[Page, Slot]] = deque()
+        self.travelling: deque[Slot] = deque()  # on their way or there, and not taken
         self.written: dict[tuple[int, int], torch.cuda.Event] = {}  # when an expert last reached its store
 
-    def announce(self, pages: Iterable[Page]) -> None:
-        """Pages that will be taken after those announced before."""
-        for page in pages:
-            self.stores[page.layer].expect(page)
-            self.announced.append(page)
-        self._advance()
+    def announce(self, pages: Sequence[Page]) -> None:
+        """These pages will be taken next. What was announced before is forgotten, unless it begins with them."""
+        if pages and not self.is_next(pages[0]):
+            self.cancel()
+            for page in pages:
+                self.stores[page.layer].expect(page)
+            self.announced.extend(pages)
+            self._advance()
 
     def is_next(self, page: Page) -> bool:
         """Whether this page is the one to be taken next."""
-        if self.travelling:
-            return self.travelling[0][0] == page
-        return bool(self.announced) and self.announced[0] == page
+        upcoming = self.travelling[0].page if self.travelling else next(iter(self.announced), None)
+        return upcoming == page
 
     def take(self, page: Page) -> Slot:
         """The slot that holds the page; computation waits for its upload."""
         self._advance()
         assert self.is_next(page), "pages are taken in the announced order"
         if not self.travelling:  # not ready, but needed now
-            slot = self._room(page)
-            assert slot is not None, "fewer pages are held than there are slots"
-            self._upload(slot)
-        _, slot = self.travelling.popleft()
-        if self.on_gpu:
-            torch.cuda.current_stream(self.device).wait_event(slot.uploaded)
+            found_room = self._upload()
+            assert found_room, "fewer pages are held than there are slots"
+        slot = self.travelling.popleft()
+        self._wait(None, slot.uploaded)
         return slot
 
-    def release(self, page: Page, slot: Slot, changed: Iterable[str] = ()) -> None:
+    def release(self, slot: Slot, changed: Iterable[str] = ()) -> None:
         """The computation that reads the slot has been launched; `changed` quantities go back to the store."""
         slot.free = (self._mark(None),)
         if changed:
+            page, store = slot.page, self.stores[slot.page.layer]
             self._wait(self.download, *slot.free)
-            store = self.stores[page.layer]
             with self._on(self.download):
                 for here, name, host in store.receive(page, changed):
                     host.copy_(slot.buffers[name][here], non_blocking=True)
@@ -131,7 +125,7 @@ class SlotRing:
             self.stores[page.layer].forget(page)
         self.announced.clear()
         while self.travelling:
-            _, slot = self.travelling.popleft()
+            slot = self.travelling.popleft()
             slot.free = (slot.uploaded,)
             self._return(slot)
 
@@ -143,31 +137,25 @@ class SlotRing:
             store.synchronize()
 
     def _advance(self) -> None:
-        """Start uploads, as far as there are idle slots and pages at hand.
-
-        With several ranks a page that is not at hand is waited for: an upload ends in a collective, and all ranks
-        must come to it at the same place.
-        """
+        """Start uploads as far as there are idle slots and pages at hand. Several ranks wait for a page that is
+        not: an upload ends in a collective, to which all must come at the same place."""
         while self.announced:
             page = self.announced[0]
-            if self.group is None and not self.stores[page.layer].is_ready(page):
+            at_hand = self.group is not None or self.stores[page.layer].is_ready(page)
+            if not at_hand or not self._upload():
                 return
-            slot = self._room(page)
-            if slot is None:
-                return
-            self._upload(slot)
 
     def _room(self, page: Page) -> Slot | None:
         """An idle slot, or a part of one for a light page; None where there is none.
 
         Parts are handed out and come back in the order of the pages, so those of one slot come back together.
         """
-        if page.is_light and (self.idle_parts or (self.idle and self.idle[0].parts)):
-            if not self.idle_parts:
-                slot = self.idle.popleft()
-                for part in slot.parts:
-                    part.free = slot.free
-                    self.idle_parts.append(part)
+        if page.is_light and not self.idle_parts and self.idle and self.idle[0].parts:
+            slot = self.idle.popleft()
+            for part in slot.parts:
+                part.free = slot.free
+            self.idle_parts.extend(slot.parts)
+        if page.is_light and self.idle_parts:
             return self.idle_parts.popleft()
         if self.idle:
             return self.idle.popleft()
@@ -181,34 +169,35 @@ class SlotRing:
     def _return(self, slot: Slot) -> None:
         (self.idle if slot.whole is None else self.idle_parts).append(slot)
 
-    def _upload(self, slot: Slot) -> None:
-        """Bring the next page to a slot, which may still be read or downloaded when we ask."""
-        page = self.announced.popleft()
+    def _upload(self) -> bool:
+        """Bring the next page to a slot, which may still be read or downloaded; False where none is idle."""
+        slot = self._room(self.announced[0])
+        if slot is None:
+            return False
+        slot.page = page = self.announced.popleft()
         store = self.stores[page.layer]
-        self._wait(self.upload, *slot.free)
-        for event in {self.written.get((page.layer, expert)) for expert in page.experts}:
-            self._wait(self.upload, event)
+        written = {self.written.get((page.layer, expert)) for expert in page.experts}
+        self._wait(self.upload, *slot.free, *written)
         with self._on(self.upload):
             for here, name, host in store.fetch(page):
                 slot.buffers[name][here].copy_(host, non_blocking=True)
             store.fetched(page, self._mark(self.upload))
             if self.group is not None:
-                gather_rows(slot.buffers["weight"], slot.weight_RP, len(page.experts), self.group)
+                rows = slice(len(page.experts))
+                gather_rows(slot.buffers["weight"][rows], slot.weight_RP[rows], self.group)
         slot.uploaded = self._mark(self.upload)
-        self.travelling.append((page, slot))
+        self.travelling.append(slot)
+        return True
 
-    def _on(self, stream: torch.cuda.Stream | None) -> AbstractContextManager:
+    # Streams and events; None is the computation's stream and, on a CPU, every event.
+
+    def _on(self, stream: torch.cuda.Stream) -> AbstractContextManager:
         return torch.cuda.stream(stream) if self.on_gpu else nullcontext()
 
     def _mark(self, stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
-        """An event at the end of a stream's work so far (None: the current stream)."""
-        if not self.on_gpu:
-            return None
-        event = torch.cuda.Event()
-        event.record(stream or torch.cuda.current_stream(self.device))
-        return event
+        """The end of a stream's work so far."""
+        return (stream or torch.cuda.current_stream(self.device)).record_event() if self.on_gpu else None
 
     def _wait(self, stream: torch.cuda.Stream | None, *events: torch.cuda.Event | None) -> None:
-        for event in events:
-            if event is not None:
-                stream.wait_event(event)
+        for event in filter(None, events):
+            (stream or torch.cuda.current_stream(self.device)).wait_event(event)

@@ -1,11 +1,12 @@
 """The bank of one layer in host memory: weights and optimizer state, one contiguous array a quantity.
 
 An expert is one row: its gate, up and down projections laid end to end, padded so that every rank holds an equal
-number of whole 256-value blocks of it. Rank r keeps slice r of every row.
+number of whole blocks of it. Rank r keeps slice r of every row.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -19,65 +20,45 @@ from kernels.adamw import BLOCK
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
-@dataclass(frozen=True)
 class RowLayout:
-    """Where the values of an expert [3, F, D] lie in a row, and which part of it a rank holds."""
+    """Where the `values` of an expert lie in a padded row of `row_size`, of which a rank has `slice_size`."""
 
-    expert_width: int
-    hidden_size: int
-    rank: int = 0
-    ranks: int = 1
+    def __init__(self, expert_width: int, hidden_size: int, rank: int = 0, ranks: int = 1):
+        self.expert_width, self.hidden_size, self.rank, self.ranks = expert_width, hidden_size, rank, ranks
+        self.values = 3 * expert_width * hidden_size
+        self.slice_size = -(-self.values // (BLOCK * ranks)) * BLOCK
+        self.row_size = self.slice_size * ranks
 
-    @property
-    def values(self) -> int:
-        """Values of an expert."""
-        return 3 * self.expert_width * self.hidden_size
+    def weights(self, rows_RP: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of whole rows: gate above up [R, 2 F, D], and down [R, D, F]."""
+        width, size = self.expert_width, self.hidden_size
+        gate_up, down, _ = rows_RP.tensor_split((2 * width * size, self.values), dim=1)
+        return gate_up.unflatten(1, (2 * width, size)), down.unflatten(1, (size, width))
 
-    @property
-    def slice_size(self) -> int:
-        """Values of a row on one rank, a multiple of BLOCK."""
-        return -(-self.values // (BLOCK * self.ranks)) * BLOCK
-
-    @property
-    def row_size(self) -> int:
-        """Values of a padded row."""
-        return self.slice_size * self.ranks
-
-    def projection(self, name: str) -> slice:
-        """The place of a projection in a row."""
-        size = self.expert_width * self.hidden_size
-        start = PROJECTIONS.index(name) * size
-        return slice(start, start + size)
-
-    def own(self, name: str) -> tuple[slice, slice]:
-        """The part of a projection on this rank: its place in the rank's slice, and in the projection."""
-        whole, first = self.projection(name), self.rank * self.slice_size
-        start, stop = max(whole.start, first), min(whole.stop, first + self.slice_size)
-        stop = max(start, stop)
-        return slice(start - first, stop - first), slice(start - whole.start, stop - whole.start)
+    def own(self, projections: dict[str, Tensor]) -> Tensor:
+        """What this rank's slice begins with, of the weights [R, F, D] or [R, D, F] of each projection."""
+        rows_RP = torch.cat([projections[name].flatten(1) for name in PROJECTIONS], dim=1)
+        return rows_RP[:, self.rank * self.slice_size :][:, : self.slice_size]
 
 
-ROW = None  # one entry for a whole row
-STATE_QUANTITIES = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "master")
-Quantities = dict[str, tuple[torch.dtype, int | None]]
+Quantities = dict[str, tuple[torch.dtype, int]]
+"""What is kept of an expert on one rank: name -> (dtype, entries of a row)."""
 
 
-def quantities(state: str, dtype: torch.dtype) -> Quantities:
-    """What is kept of an expert: name -> (dtype, values that share an entry). `state` is fp32, bf16 or int8."""
-    kept: Quantities = {"weight": (dtype, 1), "updates": (torch.int32, ROW)}
+def quantities(state: str, dtype: torch.dtype, size: int) -> Quantities:
+    """`size` weights of `dtype` and their optimizer state, which is fp32, bf16 or int8."""
+    kept = {"weight": (dtype, size), "updates": (torch.int32, 1)}
     if state == "int8":
-        kept |= {"exp_avg": (torch.int8, 1), "exp_avg_sq": (torch.uint8, 1)}
-        return kept | {"exp_avg_scale": (torch.float32, BLOCK), "exp_avg_sq_scale": (torch.float32, BLOCK)}
+        kept |= {"exp_avg": (torch.int8, size), "exp_avg_sq": (torch.uint8, size)}
+        return kept | dict.fromkeys(("exp_avg_scale", "exp_avg_sq_scale"), (torch.float32, size // BLOCK))
     moment = {"fp32": torch.float32, "bf16": torch.bfloat16}[state]
-    kept |= {"exp_avg": (moment, 1), "exp_avg_sq": (moment, 1)}
-    if state == "fp32" and dtype != torch.float32:
-        kept["master"] = (torch.float32, 1)
-    return kept
+    kept |= {"exp_avg": (moment, size), "exp_avg_sq": (moment, size)}
+    return kept | ({"master": (torch.float32, size)} if state == "fp32" and dtype != torch.float32 else {})
 
 
-def accumulator(state: str) -> Quantities:
+def accumulator(state: str, size: int) -> Quantities:
     """Where gradients of several microbatches are added up; not part of a checkpoint."""
-    return {"accumulator": (torch.float32 if state == "fp32" else torch.bfloat16, 1)}
+    return {"accumulator": (torch.float32 if state == "fp32" else torch.bfloat16, size)}
 
 
 @dataclass(frozen=True)
@@ -97,31 +78,17 @@ Transfer = tuple[slice, str, Tensor]
 
 def runs(experts: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
     """Consecutive experts as (rows of the slot, rows of the store): each is one copy."""
-    start = 0
-    for i in range(1, len(experts) + 1):
-        if i == len(experts) or experts[i] != experts[i - 1] + 1:
-            yield slice(start, i), slice(experts[start], experts[i - 1] + 1)
-            start = i
-
-
-def row_entries(layout: RowLayout, kept: Quantities) -> dict[str, tuple[torch.dtype, int]]:
-    """dtype and number of entries of a row's part on this rank, for each quantity."""
-    return {
-        name: (dtype, 1 if share is ROW else layout.slice_size // share)
-        for name, (dtype, share) in kept.items()
-    }
+    for ahead, run in groupby(enumerate(experts), lambda place: place[1] - place[0]):
+        rows = [row for row, _ in run]
+        yield slice(rows[0], rows[-1] + 1), slice(rows[0] + ahead, rows[-1] + ahead + 1)
 
 
 class BankStore:
     """One layer's experts: `arrays[quantity]` is [E, entries of a row on this rank]."""
 
     def __init__(self, num_experts: int, layout: RowLayout, kept: Quantities, lock: bool):
-        self.num_experts, self.layout = num_experts, layout
-        self.entries = row_entries(layout, kept)
-        self.arrays: dict[str, Tensor] = {
-            name: host_array((num_experts, count), dtype, lock)
-            for name, (dtype, count) in self.entries.items()
-        }
+        self.num_experts, self.layout, self.kept = num_experts, layout, kept
+        self.arrays = {n: host_array((num_experts, size), dtype, lock) for n, (dtype, size) in kept.items()}
 
     # What the ring asks of a store. These rows are always at hand; a store on a disk has to fetch them.
 
@@ -134,7 +101,7 @@ class BankStore:
 
     def fetch(self, page: Page) -> Iterator[Transfer]:
         """Copies that bring an expected page to its slot."""
-        return self._transfers(page, page.quantities)
+        return self.receive(page, page.quantities)  # between the same places
 
     def fetched(self, page: Page, event: torch.cuda.Event | None) -> None:
         """Those copies are done when `event` is (None: now)."""
@@ -144,7 +111,7 @@ class BankStore:
 
     def receive(self, page: Page, changed: Iterable[str]) -> Iterator[Transfer]:
         """Copies that bring the changed quantities of a page back."""
-        return self._transfers(page, changed)
+        return ((to, name, self.arrays[name][at]) for name in changed for to, at in runs(page.experts))
 
     def received(self, page: Page, event: torch.cuda.Event | None) -> None:
         """Those copies are done when `event` is (None: now)."""
@@ -152,24 +119,13 @@ class BankStore:
     def synchronize(self) -> None:
         """Wait until what was received is stored."""
 
-    def _transfers(self, page: Page, names: Iterable[str]) -> Iterator[Transfer]:
-        for name in names:
-            for here, there in runs(page.experts):
-                yield here, name, self.arrays[name][there]
-
     # Weights and state as a whole.
 
     def write(self, first: int, projections: dict[str, Tensor]) -> None:
-        """Set weights of some experts, values [R, F, D] or [R, D, F], from expert `first` on."""
-        for place, part in self._own_parts(projections):
-            for name in {"weight", "master"} & self.arrays.keys():
-                self.arrays[name][first : first + len(part), place] = part.to(self.arrays[name].dtype)
-
-    def _own_parts(self, projections: dict[str, Tensor]) -> Iterator[tuple[slice, Tensor]]:
-        """Where in this rank's slice of a row the weights of each projection lie, and these [R, part]."""
-        for projection, values in projections.items():
-            here, there = self.layout.own(projection)
-            yield here, values.flatten(1)[:, there]
+        """Set the weights of some experts, values [R, F, D] or [R, D, F], from expert `first` on."""
+        own = self.layout.own(projections)
+        for name in {"weight", "master"} & self.kept.keys():
+            self.arrays[name][first : first + len(own), : own.shape[1]] = own
 
     def rows(self) -> dict[str, Tensor]:
         """Every quantity [E, entries] that a checkpoint has; to be changed in place and given to `set_rows`."""
@@ -188,18 +144,14 @@ class BankStore:
         for part, path in enumerate(paths):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - no dictionary
-                    self._copy_part(name, rows[name], file.get_slice(name), part)
+                    saved, width = file.get_slice(name), rows[name].shape[1]
+                    saved_width = saved.get_shape()[
+                        1
+                    ]  # each rank has all of the updates, and its slice of the rest
+                    place = 0 if name == "updates" else part * saved_width - self.layout.rank * width
+                    start, stop = max(place, 0), min(place + saved_width, width)
+                    if start < stop:
+                        rows[name][:, start:stop] = saved[:, start - place : stop - place]
                 metadata = file.metadata()
         self.set_rows(rows)
         return metadata
-
-    def _copy_part(self, name: str, array: Tensor, saved, part: int) -> None:
-        """Copy from part `part` of the rows that were saved what lies in this rank's slice."""
-        width = saved.get_shape()[1]
-        if name == "updates":  # one for a whole row, the same on every rank
-            array.copy_(saved[:])
-            return
-        first = self.layout.rank * array.shape[1]
-        start, stop = max(first, part * width), min(first + array.shape[1], (part + 1) * width)
-        if start < stop:
-            array[:, start - first : stop - first] = saved[:, start - part * width : stop - part * width]

@@ -15,11 +15,11 @@ reduce-scattered, and each rank updates its slice.
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate, pairwise, product
 from pathlib import Path
 
 import torch
@@ -30,9 +30,9 @@ from experts.host_memory import near, return_free_memory
 from experts.nvme_store import Disk, NvmeStore
 from experts.page import Groups, grouped_matmul, grouped_outer
 from experts.placement import Placement
-from experts.ring import Slot, SlotRing, gather_rows
-from experts.store import PROJECTIONS, STATE_QUANTITIES, BankStore, Page, RowLayout, accumulator, quantities
-from kernels.adamw import AdamW, State, accumulate_rows, clip_factors, sum_of_squares, update_rows
+from experts.ring import Slot, SlotRing, gather_rows, make_slot
+from experts.store import PROJECTIONS, BankStore, Page, RowLayout, accumulator, quantities
+from kernels.adamw import AdamW, accumulate_rows, clip_factors, sum_of_squares, update_rows
 from kernels.dispatch import combine, unpermute
 from kernels.reference import Routing, inverse, swiglu
 
@@ -51,12 +51,9 @@ class StreamSettings:
     """Whether forward fetches every expert, which can begin before the router has chosen."""
     max_norm: float
     """Gradient norm at which an expert is clipped; 0: never."""
-    learning_rate: float
-    weight_decay: float
-    betas: tuple[float, float]
+    adamw: AdamW
+    """As it begins: learning rate and weight decay are those of `Placement.groups` later."""
     seed: int
-    stochastic: bool = True
-    """Whether weights are rounded to bf16 stochastically."""
     disk_layers: int = 0
     """How many layers lie in files under `nvme_path`, the others in memory."""
     nvme_path: str | None = None
@@ -77,18 +74,44 @@ class StreamedBank(nn.Module):
         return StreamedFunction.apply(self.stream, self.layer, hidden_TD, routing.weights_TK, routing)
 
 
+@dataclass
+class Visit:
+    """One microbatch's passage through a layer: first forward, then `pages` are those of backward.
+
+    starts: where each expert's rows begin on this rank, and where the last end. used: experts with rows on any
+    rank. boundary: backward updates the weights, and does not only add up gradients.
+    """
+
+    layer: int
+    starts: list[int]
+    used: list[int]
+    pages: list[Page]
+    boundary: bool = True
+
+
+@dataclass
+class VisitedPage:
+    """A page in its slot, the rows of its experts, and what goes back to the store. X is 2 F: gate above up."""
+
+    slot: Slot
+    rows: slice
+    groups: Groups
+    gate_up_RXD: Tensor
+    down_RDF: Tensor
+    changed: tuple[str, ...] = ()
+
+
 class StreamedFunction(torch.autograd.Function):
     """A bank's output; its backward also updates the bank."""
 
     @staticmethod
     def forward(ctx, stream, layer: int, hidden_TD: Tensor, weights_TK: Tensor, routing: Routing) -> Tensor:
-        visit = stream.begin(layer, routing.counts_E)
         token_N = routing.order_N // weights_TK.shape[1]
         rows_ND = hidden_TD.new_empty(len(token_N), hidden_TD.shape[1])
-        for page in stream.forward_pages(visit):
+        visit = stream.begin(layer, routing.counts_E)
+        for page in stream.visited(visit):
             if page.rows.stop > page.rows.start:
-                input_ND = hidden_TD[token_N[page.rows]]
-                middle_NF = swiglu(*gate_and_up(input_ND, page))
+                middle_NF = swiglu(*gate_and_up(hidden_TD[token_N[page.rows]], page))
                 rows_ND[page.rows] = grouped_matmul(middle_NF, page.down_RDF.transpose(1, 2), page.groups)
         ctx.stream, ctx.visit = stream, visit
         ctx.save_for_backward(hidden_TD, weights_TK, routing.order_N)
@@ -99,20 +122,21 @@ class StreamedFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_TD: Tensor):
         hidden_TD, weights_TK, order_N = ctx.saved_tensors
+        stream, frozen = ctx.stream, ctx.stream.settings.frozen
         token_N = order_N // weights_TK.shape[1]
         weight_N = weights_TK.flatten()[order_N].to(hidden_TD.dtype)
         grad_rows_ND = hidden_TD.new_zeros(len(token_N), hidden_TD.shape[1])
         grad_weight_N = torch.zeros_like(weight_N, dtype=torch.float32)
-        for page in ctx.stream.backward_pages(ctx.visit):
+        for page in stream.visited(ctx.visit):
             rows, gradients = page.rows, None
             if rows.stop > rows.start:
                 tokens = token_N[rows]
                 grad_rows_ND[rows], grad_weight_N[rows], *gradients = page_backward(
-                    hidden_TD[tokens], grad_TD[tokens], weight_N[rows], page, ctx.stream.settings.frozen
+                    hidden_TD[tokens], grad_TD[tokens], weight_N[rows], page, frozen
                 )
-            if not ctx.stream.settings.frozen:
-                ctx.stream.use_gradients(ctx.visit, page, gradients)
-        ctx.stream.end_backward(ctx.visit)
+            if not frozen:
+                stream.use_gradients(ctx.visit, page, gradients)
+        stream.end_backward(ctx.visit)
         places_TK = inverse(order_N).view_as(weights_TK)
         grad_weights_TK = grad_weight_N[places_TK].to(weights_TK.dtype)
         return None, None, unpermute(grad_rows_ND, places_TK), grad_weights_TK, None
@@ -144,90 +168,54 @@ def page_backward(
     grad_rows_ND = grouped_matmul(grad_gate_up_NX, page.gate_up_RXD, page.groups)
     if frozen:
         return grad_rows_ND, grad_weight_N
-    grad_gate_up_RXD = grouped_outer(grad_gate_up_NX, input_ND, page.groups)
-    return grad_rows_ND, grad_weight_N, grad_gate_up_RXD, grad_down_RDF
-
-
-@dataclass
-class Visit:
-    """One microbatch's passage through a layer. counts: rows of each expert here; used: rows on any rank."""
-
-    layer: int
-    counts: list[int]
-    used: tuple[int, ...]
-    backward: tuple[Page, ...] = ()
-    boundary: bool = True
-
-
-@dataclass
-class VisitedPage:
-    """A page in its slot. X is 2 F: gate above up."""
-
-    page: Page
-    slot: Slot
-    rows: slice
-    groups: Groups
-    gate_up_RXD: Tensor
-    down_RDF: Tensor
+    return grad_rows_ND, grad_weight_N, grouped_outer(grad_gate_up_NX, input_ND, page.groups), grad_down_RDF
 
 
 class StreamedExperts(Placement):
     """All banks of a model: their stores, the ring they pass through, and the optimizer."""
 
     def __init__(
-        self,
-        config,
-        settings: StreamSettings,
-        device: torch.device,
-        dtype: torch.dtype,
-        groups: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None,
+        self, config, settings: StreamSettings, device: torch.device, dtype: torch.dtype, groups=None
     ):
-        """`groups`: twice the ranks that share every expert (None: this one alone).
-
-        One gathers pages that were fetched ahead, so that collectives of the computation, on the other, need not
-        queue behind them.
-        """
+        """`groups`: two process groups of the ranks that share every expert (None: this one alone), so that
+        collectives of the computation, on the second, need not queue behind those that gather pages ahead."""
         gathering, group = groups or (None, None)
         self.settings, self.device, self.group = settings, device, group
         self.num_experts, self.layers = config.num_experts, config.num_hidden_layers
         rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         self.layout = RowLayout(config.moe_intermediate_size, config.hidden_size, rank, ranks)
-        self.kept = {"weight": (dtype, 1)} if settings.frozen else quantities(settings.state, dtype)
-        accumulates = settings.accumulate and not settings.frozen
-        kept = self.kept | (accumulator(settings.state) if accumulates else {})
-        bank = (self.num_experts, self.layout, kept)
-        on_disk = [
-            (layer + 1) * settings.disk_layers // self.layers > layer * settings.disk_layers // self.layers
-            for layer in range(self.layers)
-        ]  # spread evenly, so that the disk works all the time
-        lock = device.type == "cuda"
+        size, frozen, layers = self.layout.slice_size, settings.frozen, range(self.layers)
+        self.kept = {"weight": (dtype, size)} if frozen else quantities(settings.state, dtype, size)
+        kept = self.kept | (accumulator(settings.state, size) if settings.accumulate and not frozen else {})
+        bank, lock = (self.num_experts, self.layout, kept), device.type == "cuda"
+        # In files up to each layer: spread evenly, so that the disk works all the time.
+        in_files = [layer * settings.disk_layers // self.layers for layer in range(self.layers + 1)]
         with near(device):
             if settings.disk_layers:
-                buffers = (settings.page_size, settings.num_slots + 1)
-                self.disk = Disk(settings.nvme_path, *bank[1:], *buffers, lock)
+                self.disk = Disk(settings.nvme_path, kept, settings.page_size, settings.num_slots + 1, lock)
             self.stores = [
-                NvmeStore(*bank, self.disk, layer) if disk else BankStore(*bank, lock)
-                for layer, disk in enumerate(on_disk)
+                BankStore(*bank, lock) if before == after else NvmeStore(*bank, self.disk, layer)
+                for layer, (before, after) in enumerate(pairwise(in_files))
             ]
-        self.ring = SlotRing(self.stores, settings.num_slots, settings.page_size, device, gathering)
-        rows = 0 if settings.frozen else settings.page_size
+        slots = [make_slot(settings.page_size, self.stores[0], device) for _ in range(settings.num_slots)]
+        self.ring = SlotRing(self.stores, slots, gathering)
+        rows = 0 if frozen else settings.page_size
         self.gradient_RP = torch.zeros(rows, self.layout.row_size, dtype=dtype, device=device)
         self.refused = torch.zeros((), dtype=torch.int64, device=device)
-        self.group_settings = {
-            "name": "experts", "lr": settings.learning_rate, "weight_decay": settings.weight_decay
-        }  # fmt: skip
-        self.groups = (self.group_settings,)
-        self.accumulated: list[set[int]] = [set() for _ in range(self.layers)]
-        self.planned: list[Visit] = []  # of this forward, for its backward
+        rates = {"lr": settings.adamw.lr, "weight_decay": settings.adamw.weight_decay}
+        self.groups = ({"name": "experts", **rates},)
+        self.accumulated: list[set[int]] = [set() for _ in layers]
+        self.all_pages = [page for layer in layers for page in self._light(layer, range(self.num_experts))]
+        self.planned: list[Page] = []  # by this forward, for its backward
         self.passes = 0  # backward passes so far: each rounds with random bits of its own
-        self.built = 0
+        self.unbuilt = iter(layers)
         self.is_boundary: Callable[[], bool] = lambda: True
 
     def build_bank(self, config) -> StreamedBank:
         """The banks in the order of the layers."""
-        self.built += 1
-        assert self.built <= self.layers, "one bank a layer"
-        return StreamedBank(self, self.built - 1)
+        layer = next(self.unbuilt, None)
+        assert layer is not None, "one bank a layer"
+        return StreamedBank(self, layer)
 
     def attach(self, engine) -> None:
         self.is_boundary = engine.is_gradient_accumulation_boundary
@@ -238,67 +226,65 @@ class StreamedExperts(Placement):
         self.refused.zero_()
         return count
 
-    # -- a microbatch ----------------------------------------------------------------------------------------
-
     def begin(self, layer: int, counts_E: Tensor) -> Visit:
-        """Learn how many rows each expert has, and make sure that the layer's pages are on their way."""
-        total_E = counts_E
+        """Learn how many rows each expert has; before that, send the pages on their way if all are fetched."""
+        counts_2E = counts_E.repeat(2, 1)
         if self.group is not None:
-            total_E = counts_E.clone()
-            dist.all_reduce(total_E, group=self.group)
+            dist.all_reduce(counts_2E[1], group=self.group)
         if self.settings.fetch_all:
-            first = self._chunks(layer, range(self.num_experts), ("weight",))[0]
-            if not self.ring.is_next(first):
-                self._announce_forward(layer)
-        counts, total = torch.stack([counts_E, total_E]).tolist()  # waits for the router
-        used = tuple(expert for expert, count in enumerate(total) if count)
-        if not self.settings.fetch_all:
-            self.ring.announce(self._chunks(layer, used, ("weight",)))
-        return Visit(layer, counts, used)
-
-    def forward_pages(self, visit: Visit) -> Iterator[VisitedPage]:
-        experts = range(self.num_experts) if self.settings.fetch_all else visit.used
-        yield from self._visit(visit, self._chunks(visit.layer, experts, ("weight",)))
+            self.ring.announce(self.all_pages[layer * len(self.all_pages) // self.layers :])
+        counts, total = counts_2E.tolist()  # waits for the router
+        used = [expert for expert, count in enumerate(total) if count]
+        fetched = range(self.num_experts) if self.settings.fetch_all else used
+        return Visit(layer, list(accumulate(counts, initial=0)), used, self._light(layer, fetched))
 
     def expect_backward(self, visit: Visit) -> None:
         """Plan the layer's pages of backward, and after the last layer send them all on their way."""
         visit.boundary = self.is_boundary() or self.settings.frozen
         accumulated = self.accumulated[visit.layer]
-        experts = tuple(sorted(accumulated.union(visit.used))) if visit.boundary else visit.used
-        visit.backward = tuple(
-            Page(visit.layer, chunk.experts, self._backward_quantities(chunk, visit.boundary, accumulated))
-            for chunk in reversed(self._chunks(visit.layer, experts, ()))
-        )
-        if visit.layer == 0:
-            self.planned = []
-        self.planned.append(visit)
+        experts = sorted(accumulated.union(visit.used)) if visit.boundary else visit.used
+        needed = tuple(self.kept) if visit.boundary else ("weight",)
+        visit.pages = [
+            Page(visit.layer, chunk, needed if accumulated.isdisjoint(chunk) else (*needed, "accumulator"))
+            for chunk in reversed(self._chunks(experts))
+        ]
+        self.planned = visit.pages + (self.planned if visit.layer else [])
         if visit.layer == self.layers - 1:
-            self.ring.announce(page for v in reversed(self.planned) for page in v.backward)
+            self.ring.announce(self.planned)
 
-    def backward_pages(self, visit: Visit) -> Iterator[VisitedPage]:
-        changed = ()
-        if not self.settings.frozen:
-            self.updating = self.updating or visit.boundary
-            changed = self.kept if visit.boundary else ("accumulator",)
-        yield from self._visit(visit, visit.backward, changed)
+    def visited(self, visit: Visit) -> Iterator[VisitedPage]:
+        """Each page in its slot; when the caller comes back for the next, the slot is released."""
+        pages, starts = visit.pages, visit.starts
+        self.ring.announce(pages)
+        ends = [starts[e + 1] - starts[page.experts[0]] for page in pages for e in page.experts]
+        ends_N = torch.tensor(ends, dtype=torch.int32).to(self.device, non_blocking=True)
+        for page, ends_R in zip(pages, ends_N.split([len(page.experts) for page in pages]), strict=True):
+            rows = slice(starts[page.experts[0]], starts[page.experts[-1] + 1])
+            groups = Groups(torch.tensor([starts[e + 1] - starts[e] for e in page.experts]))
+            groups.ends_R = ends_R
+            slot = self.ring.take(page)
+            visited = VisitedPage(slot, rows, groups, *self.layout.weights(slot.weight_RP[: len(ends_R)]))
+            yield visited
+            self.ring.release(slot, visited.changed)
 
     def use_gradients(self, visit: Visit, page: VisitedPage, gradients: list[Tensor] | None) -> None:
         """Add a page's gradients to the accumulator, or update its weights with all there are.
 
         gradients: those of gate and up [R, 2 F, D] and of down [R, D, F]; None where this rank has no rows.
         """
-        rows, buffers = len(page.page.experts), page.slot.buffers
+        experts, accumulated = page.slot.page.experts, self.accumulated[visit.layer]
+        buffers = {name: buffer[: len(experts)] for name, buffer in page.slot.buffers.items()}
         seed = 0
-        for number in (self.settings.seed, self.passes, visit.layer, page.page.experts[0], self.layout.rank):
+        for number in (self.settings.seed, self.passes, visit.layer, experts[0], self.layout.rank):
             seed = (seed + number) * 1_000_003
-        gradient_RP = self._gradient_rows(rows, gradients)
-        if "accumulator" in buffers and (self.accumulated[visit.layer] or not visit.boundary):
-            accumulator_RP = buffers["accumulator"][:rows]
-            for row, expert in enumerate(page.page.experts):
-                if expert not in self.accumulated[visit.layer]:
-                    accumulator_RP[row].zero_()
-            accumulate_rows(accumulator_RP, gradient_RP, ~seed, self.settings.stochastic)
-            gradient_RP = accumulator_RP
+        gradient_RP = self._gradient_rows(len(experts), gradients)
+        if accumulated or not visit.boundary:
+            for row, expert in enumerate(experts):
+                if expert not in accumulated:
+                    buffers["accumulator"][row].zero_()
+            accumulate_rows(buffers["accumulator"], gradient_RP, ~seed)
+            gradient_RP = buffers["accumulator"]
+        page.changed = tuple(self.kept) if visit.boundary else ("accumulator",)
         if not visit.boundary:
             return
         squares_R = sum_of_squares(gradient_RP)
@@ -306,69 +292,26 @@ class StreamedExperts(Placement):
             dist.all_reduce(squares_R, group=self.group)
         factor_R, refused_R = clip_factors(squares_R, self.settings.max_norm, 1 / self.layout.ranks)
         self.refused += refused_R.sum()
-        settings = AdamW(
-            self.group_settings["lr"], *self.settings.betas, 1e-8, self.group_settings["weight_decay"]
-        )
-        state = State(*(buffers[n][:rows] if n in buffers else None for n in STATE_QUANTITIES))
-        update_rows(
-            buffers["weight"][:rows], gradient_RP, state, buffers["updates"][:rows, 0], factor_R,
-            settings, seed, self.settings.stochastic,
-        )  # fmt: skip
+        lr, weight_decay = self.groups[0]["lr"], self.groups[0]["weight_decay"]
+        rules = self.settings.adamw._replace(lr=lr, weight_decay=weight_decay)
+        update_rows({name: buffers[name] for name in self.kept}, gradient_RP, factor_R, rules, seed)
+        self.updating = True
 
     def end_backward(self, visit: Visit) -> None:
         """Note what the layer has accumulated; after the first layer, begin to fetch for the next microbatch."""
-        if visit.boundary:
-            self.accumulated[visit.layer].clear()
-        else:
-            self.accumulated[visit.layer].update(visit.used)
+        held = set() if visit.boundary else self.accumulated[visit.layer].union(visit.used)
+        self.accumulated[visit.layer] = held
         if visit.layer == 0:
             self.passes += 1
             if self.settings.fetch_all:
-                self._announce_forward(0)
+                self.ring.announce(self.all_pages)
 
-    def _announce_forward(self, layer: int) -> None:
-        self.ring.cancel()
-        self.ring.announce(
-            page
-            for later in range(layer, self.layers)
-            for page in self._chunks(later, range(self.num_experts), ("weight",))
-        )
+    def _chunks(self, experts: Sequence[int]) -> list[tuple[int, ...]]:
+        size = self.settings.page_size
+        return [tuple(experts[i : i + size]) for i in range(0, len(experts), size)]
 
-    def _chunks(self, layer: int, experts, quantities: tuple[str, ...]) -> list[Page]:
-        size, experts = self.settings.page_size, tuple(experts)
-        light = quantities == ("weight",)
-        return [Page(layer, experts[i : i + size], quantities, light) for i in range(0, len(experts), size)]
-
-    def _backward_quantities(self, chunk: Page, boundary: bool, accumulated: set[int]) -> tuple[str, ...]:
-        needed = tuple(self.kept) if boundary else ("weight",)
-        return (*needed, "accumulator") if accumulated.intersection(chunk.experts) else needed
-
-    def _visit(self, visit: Visit, pages, changed=()) -> Iterator[VisitedPage]:
-        """Each page in its slot; when the caller comes back for the next, the slot is released."""
-        starts = [0]
-        for count in visit.counts:
-            starts.append(starts[-1] + count)
-        if pages and not self.ring.is_next(pages[0]):
-            self.ring.cancel()
-            self.ring.announce(pages)
-        ends = [starts[e + 1] - starts[page.experts[0]] for page in pages for e in page.experts]
-        ends_N = torch.tensor(ends, dtype=torch.int32).to(self.device, non_blocking=True)
-        first, width, size = 0, self.layout.expert_width, self.layout.hidden_size
-        gate_up, down = slice(0, 2 * width * size), self.layout.projection("down_proj")
-        for page in pages:
-            slot, count = self.ring.take(page), len(page.experts)
-            yield VisitedPage(
-                page=page,
-                slot=slot,
-                rows=slice(starts[page.experts[0]], starts[page.experts[-1] + 1]),
-                groups=Groups(
-                    torch.tensor([visit.counts[e] for e in page.experts]), ends_N[first : first + count]
-                ),
-                gate_up_RXD=slot.weight_RP[:count, gate_up].unflatten(1, (2 * width, size)),
-                down_RDF=slot.weight_RP[:count, down].unflatten(1, (size, width)),
-            )
-            self.ring.release(page, slot, changed)
-            first += count
+    def _light(self, layer: int, experts: Sequence[int]) -> list[Page]:
+        return [Page(layer, chunk, ("weight",), is_light=True) for chunk in self._chunks(experts)]
 
     def _gradient_rows(self, rows: int, gradients: list[Tensor] | None) -> Tensor:
         """This rank's slice of the summed gradient rows [rows, P / W]."""
@@ -376,11 +319,8 @@ class StreamedExperts(Placement):
         if gradients is None:
             whole_RP.zero_()
         else:
-            first = 0
-            for gradient in gradients:
-                width = gradient[0].numel()
-                whole_RP[:, first : first + width] = gradient.flatten(1)
-                first += width
+            for place, gradient in zip(self.layout.weights(whole_RP), gradients, strict=True):
+                place.copy_(gradient)
         if self.group is None:
             return whole_RP
         by_rank_WRP = whole_RP.unflatten(1, (self.layout.ranks, -1)).transpose(0, 1).contiguous()
@@ -388,34 +328,30 @@ class StreamedExperts(Placement):
         dist.reduce_scatter_tensor(own_RP, by_rank_WRP.flatten(0, 1), group=self.group)
         return own_RP
 
-    # -- weights and state on the host -----------------------------------------------------------------------
-
     def fill(self, source: Callable[..., Tensor]) -> None:
         self.ring.cancel()
-        shapes = self._shapes()
+        width, size = self.layout.expert_width, self.layout.hidden_size
+        shapes = dict.fromkeys(PROJECTIONS, (1, width, size)) | {"down_proj": (1, size, width)}
 
         def fill_expert(place: tuple[int, int]) -> None:
             layer, expert = place
             weights = {
-                name: source(export_name(layer, name), torch.Size((1, *shape)), expert)
+                name: source(export_name(layer, name), torch.Size(shape), expert)
                 for name, shape in shapes.items()
             }
             self.stores[layer].write(expert, weights)
 
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // ranks_here)) as pool:
-            list(pool.map(fill_expert, itertools.product(range(self.layers), range(self.num_experts))))
+            list(pool.map(fill_expert, product(range(self.layers), range(self.num_experts))))
         return_free_memory()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         self.ring.synchronize()
         for layer, store in enumerate(self.stores):
-            rows_EP = store.rows()["weight"]
-            if self.group is not None:
-                rows_EP = self._gathered(rows_EP)
-            for name, shape in self._shapes().items():
-                weights = rows_EP[:, self.layout.projection(name)].unflatten(1, shape)
-                yield export_name(layer, name), weights.contiguous()
+            gate_up_EXD, down_EDF = self.layout.weights(self._gathered(store.rows()["weight"]))
+            for name, values in zip(PROJECTIONS, (*gate_up_EXD.chunk(2, dim=1), down_EDF), strict=True):
+                yield export_name(layer, name), values.contiguous()
 
     def save(self, directory: Path) -> None:
         self.ring.synchronize()
@@ -432,19 +368,15 @@ class StreamedExperts(Placement):
             assert int(metadata["ranks"]) == ranks, directory
         self.passes = int(metadata["passes"])
 
-    def _shapes(self) -> dict[str, tuple[int, int]]:
-        width, size = self.layout.expert_width, self.layout.hidden_size
-        return {name: (size, width) if name == "down_proj" else (width, size) for name in PROJECTIONS}
-
     def _gathered(self, part_EP: Tensor) -> Tensor:
         """A layer's whole rows [E, P] on the host, from all ranks' slices, page by page over the device."""
-        size = self.settings.page_size
-        whole_EP = part_EP.new_empty(self.num_experts, self.layout.row_size)
-        for first in range(0, self.num_experts, size):
-            part_RP = part_EP[first : first + size].to(self.device)
-            whole_RP = part_RP.new_empty(len(part_RP), self.layout.row_size)
-            gather_rows(part_RP, whole_RP, len(part_RP), self.group)
-            whole_EP[first : first + size] = whole_RP.cpu()
+        if self.group is None:
+            return part_EP
+        size, whole_EP = self.settings.page_size, part_EP.new_empty(self.num_experts, self.layout.row_size)
+        for part_RP, whole_RP in zip(part_EP.split(size), whole_EP.split(size), strict=True):
+            gathered_RP = torch.empty_like(whole_RP, device=self.device)
+            gather_rows(part_RP.to(self.device), gathered_RP, self.group)
+            whole_RP.copy_(gathered_RP)
         return whole_EP
 
 

@@ -1,9 +1,9 @@
 """AdamW over rows, and what it needs around it: the optimizer of experts whose weights live in host memory.
 
 A *row* is one expert: its weights as one flat vector. Beside the project's letters, P is the length of a row, a
-multiple of Z = `BLOCK`, and L = P / Z its number of blocks. Rows may lie anywhere in a larger buffer: any stride
-between rows, stride 1 inside a row. This file is the specification in plain PyTorch and what runs on a CPU;
-`kernels/adamw_triton.py` is the same arithmetic, with the same random bits, as one kernel.
+multiple of Z = `BLOCK`, and L = P / Z its number of blocks. Arrays of rows are contiguous. This file is the
+specification in plain PyTorch and what runs on a CPU; `kernels/adamw_triton.py` is the same arithmetic, with the
+same random bits, as one kernel.
 
 Numbers that must be stored in fewer bits than fp32 are rounded *stochastically*: up or down with probabilities
 that make the mean exact, so that steps smaller than the spacing of the stored numbers add up instead of being
@@ -11,10 +11,11 @@ lost. The random bits are a hash of (seed, row, index), not a generator with sta
 result, on any device, in any order.
 
     stored as       rounding
-    bf16 weights    stochastic if asked; always to nearest where a master copy keeps the exact value
-    bf16 moments    as the weights: to nearest, a beta2 of 0.998 or more would never let exp_avg_sq fall, for
-                    0.2% less is less than half the spacing of bf16
-    8 bit moments   always stochastic, in blocks of 256 values with one fp32 scale
+    bf16 weights    stochastic; to nearest where a master copy keeps the exact value
+    bf16 moments    stochastic: to nearest, a beta2 of 0.998 or more would never let exp_avg_sq fall, for 0.2%
+                    less is less than half the spacing of bf16
+    8 bit moments   stochastic: codes of the 4th and the 8th root, in blocks of 256 values with one fp32 scale, so
+                    that it serves values of different magnitudes (docs/log.md has the errors of other roots)
 """
 
 from typing import NamedTuple
@@ -23,10 +24,11 @@ import torch
 from torch import Tensor
 
 BLOCK = 256  # values that share one scale
+Rows = dict[str, Tensor]  # what is kept of R experts
 
 
 class AdamW(NamedTuple):
-    """Hyperparameters of one update, as in `torch.optim.AdamW`."""
+    """Hyperparameters of an update, as in `torch.optim.AdamW`."""
 
     lr: float
     beta1: float
@@ -35,101 +37,55 @@ class AdamW(NamedTuple):
     weight_decay: float
 
 
-class State(NamedTuple):
-    """Optimizer state of R rows.
-
-    exp_avg_RP, exp_avg_sq_RP: the moments, both fp32, both bf16, or int8 and uint8. exp_avg_scale_RL,
-    exp_avg_sq_scale_RL (fp32): the scales of 8 bit moments, else None. master_RP: fp32 copy of the weights where
-    these are bf16, or None.
-    """
-
-    exp_avg_RP: Tensor
-    exp_avg_sq_RP: Tensor
-    exp_avg_scale_RL: Tensor | None = None
-    exp_avg_sq_scale_RL: Tensor | None = None
-    master_RP: Tensor | None = None
-
-
-def update_rows(
-    weight_RP: Tensor,
-    grad_RP: Tensor,
-    state: State,
-    updates_R: Tensor,
-    factor_R: Tensor,
-    settings: AdamW,
-    seed: int,
-    stochastic: bool,
-) -> None:
+def update_rows(rows: Rows, grad_RP: Tensor, factor_R: Tensor, rules: AdamW, seed: int) -> None:
     """One AdamW update of each row, in place, on the device of the tensors.
 
-    weight_RP, grad_RP: fp32 or bf16. updates_R (int32): how often each row has been updated; it counts for the
-    bias correction and grows by one. factor_R (fp32): what the gradient is multiplied by; a row whose factor is
-    not above 0 is left as it is, state and count included, and its gradient, which may be NaN, is not read.
-    seed: any integer, another for each page of each step and each rank. stochastic: see the head of this file.
+    rows: `weight` [R, P], fp32 or bf16; `updates` [R, 1] (int32), how often each row was updated, for the bias
+    correction; the moments `exp_avg` and `exp_avg_sq` [R, P], both fp32, both bf16, or int8 and uint8 with fp32
+    scales `exp_avg_scale` and `exp_avg_sq_scale` [R, L]; beside bf16 weights perhaps their fp32 copy `master`.
+    grad_RP: fp32 or bf16. factor_R (fp32): what the gradient is multiplied by; a row whose factor is not above 0
+    is left as it is, state and count included, and its gradient, which may be NaN, is not read.
+    seed: any integer, another for each page of each step and each rank.
 
     Decoupled weight decay: Loshchilov and Hutter (arXiv 1711.05101), algorithm 2, in the form of
-    `torch.optim.AdamW`; all arithmetic is fp32.
+    `torch.optim.AdamW`. All arithmetic is fp32, each product and each sum rounded by itself.
     """
-    check_rows(weight_RP, grad_RP, *state)
-    if weight_RP.is_cuda:
-        from kernels.adamw_triton import update_rows as update  # triton is not everywhere, and slow to import
-    else:
-        update = update_rows_reference
-    update(weight_RP, grad_RP, state, updates_R, factor_R, settings, seed, stochastic)
+    check_rows(grad_RP, *rows.values())
+    if grad_RP.is_cuda:
+        from kernels import adamw_triton  # triton is not everywhere, and slow to import
 
-
-def update_rows_reference(
-    weight_RP: Tensor,
-    grad_RP: Tensor,
-    state: State,
-    updates_R: Tensor,
-    factor_R: Tensor,
-    settings: AdamW,
-    seed: int,
-    stochastic: bool,
-) -> None:
-    """`update_rows` in plain PyTorch. Each product and each sum is rounded by itself, as in the kernel."""
+        return adamw_triton.update_rows(rows, grad_RP, factor_R, rules, seed)
     rows_R = (factor_R > 0).nonzero().flatten()  # from here on R counts the rows that are updated
-    step_R, inverse_root_R = bias_corrections(updates_R[rows_R], settings)
-    eight_bit = state.exp_avg_scale_RL is not None
-    if eight_bit or (stochastic and torch.bfloat16 in (weight_RP.dtype, state.exp_avg_RP.dtype)):
-        bits_RP = random_bits(seed, rows_R, weight_RP.shape[1])
+    old = {name: array[rows_R] for name, array in rows.items()}
+    eight_bit, moment_dtype = "exp_avg_scale" in rows, rows["exp_avg"].dtype
+    rounds_weight = rows["weight"].dtype == torch.bfloat16 and "master" not in rows
+    if rounds_weight or moment_dtype != torch.float32:
+        bits_RP = random_bits(seed, rows_R, grad_RP.shape[1])
         moment_bits_RP = mix(bits_RP + GOLDEN)
 
+    stored = ((old[name], old.get(f"{name}_scale")) for name in ("exp_avg", "exp_avg_sq"))
+    exp_avg_RP, exp_avg_sq_RP = (x.float() if scale is None else decode(x, scale) for x, scale in stored)
     grad_RP = grad_RP[rows_R].float().mul_(factor_R[rows_R, None])
+    exp_avg_RP.mul_(rules.beta1).add_(grad_RP * (1 - rules.beta1))
+    exp_avg_sq_RP.mul_(rules.beta2).add_(grad_RP.square_().mul_(1 - rules.beta2))
+
+    step_R1, inverse_root_R1 = bias_corrections(old["updates"], rules)
+    denominator_RP = square_root(exp_avg_sq_RP).mul_(inverse_root_R1).add_(rules.eps)
+    exact_RP = old.get("master", old["weight"]).float().mul_(1 - rules.lr * rules.weight_decay)
+    exact_RP.sub_((exp_avg_RP / denominator_RP).mul_(step_R1))
+
+    new = {"weight": exact_RP, "master": exact_RP, "exp_avg": exp_avg_RP, "exp_avg_sq": exp_avg_sq_RP}
+    new["updates"] = old["updates"] + 1
+    if rounds_weight:
+        new["weight"] = round_to_bfloat16(exact_RP, bits_RP)
     if eight_bit:
-        exp_avg_RP = decode_exp_avg(state.exp_avg_RP[rows_R], state.exp_avg_scale_RL[rows_R])
-        exp_avg_sq_RP = decode_exp_avg_sq(state.exp_avg_sq_RP[rows_R], state.exp_avg_sq_scale_RL[rows_R])
-    else:
-        exp_avg_RP = state.exp_avg_RP[rows_R].float()
-        exp_avg_sq_RP = state.exp_avg_sq_RP[rows_R].float()
-    exp_avg_RP.mul_(settings.beta1).add_(grad_RP * (1 - settings.beta1))
-    exp_avg_sq_RP.mul_(settings.beta2).add_(grad_RP.square_().mul_(1 - settings.beta2))
-
-    exact_RP = weight_RP if state.master_RP is None else state.master_RP
-    value_RP = exact_RP[rows_R].float().mul_(1 - settings.lr * settings.weight_decay)
-    denominator_RP = square_root(exp_avg_sq_RP).mul_(inverse_root_R[:, None]).add_(settings.eps)
-    value_RP.sub_((exp_avg_RP / denominator_RP).mul_(step_R[:, None]))
-
-    if state.master_RP is not None:
-        state.master_RP[rows_R] = value_RP
-    elif stochastic and weight_RP.dtype == torch.bfloat16:
-        value_RP = round_to_bfloat16(value_RP, bits_RP)
-    weight_RP[rows_R] = value_RP.to(weight_RP.dtype)
-
-    if eight_bit:
-        low_RP, high_RP = moment_bits_RP & 0xFFFF, (moment_bits_RP >> 16) & 0xFFFF
-        state.exp_avg_RP[rows_R], state.exp_avg_scale_RL[rows_R] = encode_exp_avg(exp_avg_RP, low_RP)
-        state.exp_avg_sq_RP[rows_R], state.exp_avg_sq_scale_RL[rows_R] = encode_exp_avg_sq(
-            exp_avg_sq_RP, high_RP
-        )
-    else:
-        if stochastic and state.exp_avg_RP.dtype == torch.bfloat16:
-            exp_avg_RP = round_to_bfloat16(exp_avg_RP, moment_bits_RP)
-            exp_avg_sq_RP = round_to_bfloat16(exp_avg_sq_RP, moment_bits_RP >> 16)
-        state.exp_avg_RP[rows_R] = exp_avg_RP.to(state.exp_avg_RP.dtype)
-        state.exp_avg_sq_RP[rows_R] = exp_avg_sq_RP.to(state.exp_avg_sq_RP.dtype)
-    updates_R += factor_R > 0
+        new["exp_avg"], new["exp_avg_scale"] = encode_exp_avg(exp_avg_RP, moment_bits_RP)
+        new["exp_avg_sq"], new["exp_avg_sq_scale"] = encode_exp_avg_sq(exp_avg_sq_RP, moment_bits_RP >> 16)
+    elif moment_dtype == torch.bfloat16:
+        new["exp_avg"] = round_to_bfloat16(exp_avg_RP, moment_bits_RP)
+        new["exp_avg_sq"] = round_to_bfloat16(exp_avg_sq_RP, moment_bits_RP >> 16)
+    for name, array in rows.items():
+        array[rows_R] = new[name].to(array.dtype)
 
 
 def square_root(value_RP: Tensor) -> Tensor:
@@ -137,32 +93,26 @@ def square_root(value_RP: Tensor) -> Tensor:
     return value_RP.double().sqrt_().float()
 
 
-def bias_corrections(updates_R: Tensor, settings: AdamW) -> tuple[Tensor, Tensor]:
+def bias_corrections(updates_R1: Tensor, rules: AdamW) -> tuple[Tensor, Tensor]:
     """lr / (1 − β1ⁿ) and 1 / √(1 − β2ⁿ) in fp32, n = updates + 1; in fp64 first, for 1 − βⁿ loses digits."""
-    count_R = (updates_R + 1).double()
-    step_R = settings.lr / (1 - settings.beta1**count_R)
-    return step_R.float(), (1 - settings.beta2**count_R).rsqrt().float()
+    count_R1 = (updates_R1 + 1).double()
+    step_R1 = rules.lr / (1 - rules.beta1**count_R1)
+    return step_R1.float(), (1 - rules.beta2**count_R1).rsqrt().float()
 
 
-def accumulate_rows(accumulator_RP: Tensor, grad_RP: Tensor, seed: int, stochastic: bool) -> None:
+def accumulate_rows(accumulator_RP: Tensor, grad_RP: Tensor, seed: int) -> None:
     """accumulator += gradient, in place; both fp32 or bf16. The sum is fp32, rounded stochastically to a bf16
-    accumulator if asked, else to nearest. NaN and infinity stay what they are."""
+    accumulator. NaN and infinity stay what they are."""
     check_rows(accumulator_RP, grad_RP)
-    if not stochastic or accumulator_RP.dtype == torch.float32:
+    if accumulator_RP.dtype == torch.float32:
         accumulator_RP.add_(grad_RP)
     elif accumulator_RP.is_cuda:
-        from kernels.adamw_triton import accumulate_rows as accumulate
+        from kernels import adamw_triton
 
-        accumulate(accumulator_RP, grad_RP, seed)
+        adamw_triton.accumulate_rows(accumulator_RP, grad_RP, seed)
     else:
-        accumulate_rows_reference(accumulator_RP, grad_RP, seed)
-
-
-def accumulate_rows_reference(accumulator_RP: Tensor, grad_RP: Tensor, seed: int) -> None:
-    """`accumulate_rows` with stochastic rounding to bf16, in plain PyTorch."""
-    rows_R = torch.arange(len(accumulator_RP), device=accumulator_RP.device)
-    bits_RP = random_bits(seed, rows_R, accumulator_RP.shape[1])
-    accumulator_RP.copy_(round_to_bfloat16(accumulator_RP.float().add_(grad_RP), bits_RP))
+        bits_RP = random_bits(seed, torch.arange(len(grad_RP)), grad_RP.shape[1])
+        accumulator_RP.copy_(round_to_bfloat16(accumulator_RP.float().add_(grad_RP), bits_RP))
 
 
 def sum_of_squares(grad_RP: Tensor) -> Tensor:
@@ -170,9 +120,7 @@ def sum_of_squares(grad_RP: Tensor) -> Tensor:
     return torch.linalg.vector_norm(grad_RP, dim=1, dtype=torch.float32).square_()
 
 
-def clip_factors(
-    sum_squares_R: Tensor, max_norm: float, scale: float | Tensor = 1.0
-) -> tuple[Tensor, Tensor]:
+def clip_factors(sum_squares_R: Tensor, max_norm: float, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """What `update_rows` multiplies each row's gradient by, and which rows are refused.
 
     The gradient is to count as scale · g and, clipped row by row as by `torch.nn.utils.clip_grad_norm_`, to have
@@ -181,14 +129,14 @@ def clip_factors(
     whose squares pass the range of fp32 (a norm of 1.8e19 before scaling; 4e15 in every place of 20 M values).
     """
     refused_R = ~sum_squares_R.isfinite()
-    factor_R = torch.full_like(sum_squares_R, 1.0) * scale
+    factor_R = torch.full_like(sum_squares_R, scale)
     if max_norm > 0:
         factor_R *= (max_norm / (sum_squares_R.sqrt() * scale + 1e-6)).clamp(max=1)
     return factor_R.masked_fill_(refused_R | (sum_squares_R == 0), 0.0), refused_R
 
 
 def round_to_bfloat16(value_RP: Tensor, bits_RP: Tensor) -> Tensor:
-    """fp32 values rounded to numbers that bf16 holds, with the 16 low bits of bits_RP (int32) as dice.
+    """fp32 values rounded to numbers that bf16 holds, with the 16 low bits of bits_RP (int32).
 
     bf16 is the upper half of fp32: random bits are added below it, and what they carry over stays.
     """
@@ -196,51 +144,35 @@ def round_to_bfloat16(value_RP: Tensor, bits_RP: Tensor) -> Tensor:
     return torch.where(value_RP.isnan(), value_RP, rounded_RP)  # the carry could run through a NaN's sign
 
 
-# Moments in 8 bits: codes of a root, so that one scale serves a block whose values differ by orders of magnitude.
-# Blocks whose gradients have lognormal sizes, 300 steps, beta2 0.95, root mean square error of an update against
-# fp32 (and the largest update, in fp32 0.9), by the decades between the smallest and the largest of 3,000 values:
-#
-#     exp_avg, exp_avg_sq      0.7 decades   3.2 decades   4.9 decades
-#     linear, square root        3% (1.5)     57% (3.5)    101% (4.1; updates 21% too small)
-#     linear, 4th root           3% (2.0)     77% (23)     436% (275)
-#     square root, 8th root      3% (1.1)     11% (1.5)     43% (29)
-#     4th root, 8th root         4% (1.0)      8% (1.1)     13% (2.1)
-#
-# `dice` are 16 random bits (int32): u = dice / 2^16 is uniform on [0, 1).
-
-
-def encode_exp_avg(value_RP: Tensor, dice_RP: Tensor) -> tuple[Tensor, Tensor]:
+def encode_exp_avg(value_RP: Tensor, bits_RP: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes, fp32 scales [R, L]: |value| ≈ (|code| · scale)⁴, scale = max |value|^(1/4) / 127 over a block.
 
-    Between the two codes around a value the choice is such that the mean of the decoded value is exact.
+    The 16 low bits of bits_RP choose between the two codes around a value, so that its mean is exact when decoded.
     """
     root_RP, scale_RL = scaled(square_root(square_root(value_RP.abs())), 127)
     code_RP = root_RP.floor()
     low_RP = code_RP.square().square_()
     gap_RP = (code_RP + 1).square_().square_().sub_(low_RP)
-    code_RP += dice_RP * 2.0**-16 * gap_RP < root_RP.square_().square_().sub_(low_RP)
+    code_RP += (bits_RP & 0xFFFF) * 2.0**-16 * gap_RP < root_RP.square_().square_().sub_(low_RP)
     return code_RP.clamp_(max=127).copysign_(value_RP).to(torch.int8), scale_RL
 
 
-def decode_exp_avg(code_RP: Tensor, scale_RL: Tensor) -> Tensor:
-    """fp32 values of `encode_exp_avg`'s codes."""
-    return unscaled(code_RP, scale_RL).square_().square_().copysign_(code_RP)
-
-
-def encode_exp_avg_sq(value_RP: Tensor, dice_RP: Tensor) -> tuple[Tensor, Tensor]:
+def encode_exp_avg_sq(value_RP: Tensor, bits_RP: Tensor) -> tuple[Tensor, Tensor]:
     """uint8 codes, fp32 scales [R, L]: value ≈ (code · scale)⁸, scale = max value^(1/8) / 255 over a block.
 
     The mean of the root is exact. A value above 0 has a code of at least 1: decoded as 0 it would let the next
     update divide by eps alone.
     """
     code_RP, scale_RL = scaled(square_root(square_root(square_root(value_RP))), 255)
-    code_RP = code_RP.add_(dice_RP * 2.0**-16).floor_().clamp_(max=255)
+    code_RP = code_RP.add_((bits_RP & 0xFFFF) * 2.0**-16).floor_().clamp_(max=255)
     return torch.maximum(code_RP, value_RP > 0).to(torch.uint8), scale_RL
 
 
-def decode_exp_avg_sq(code_RP: Tensor, scale_RL: Tensor) -> Tensor:
-    """fp32 values of `encode_exp_avg_sq`'s codes."""
-    return unscaled(code_RP, scale_RL).square_().square_().square_()
+def decode(code_RP: Tensor, scale_RL: Tensor) -> Tensor:
+    """fp32 values of int8 codes, which have a sign and the 4th root, or of uint8 codes, which have the 8th."""
+    root_RP = (code_RP.unflatten(1, (-1, BLOCK)) * scale_RL[:, :, None]).flatten(1)
+    fourth_RP = root_RP.square_().square_()
+    return fourth_RP.copysign_(code_RP) if code_RP.dtype == torch.int8 else fourth_RP.square_()
 
 
 def scaled(root_RP: Tensor, largest: int) -> tuple[Tensor, Tensor]:
@@ -249,13 +181,6 @@ def scaled(root_RP: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     scale_RL = root_RLZ.amax(2) / largest
     return (root_RLZ / scale_RL.masked_fill(scale_RL == 0, 1.0)[:, :, None]).flatten(1), scale_RL
 
-
-def unscaled(code_RP: Tensor, scale_RL: Tensor) -> Tensor:
-    """code · scale in fp32."""
-    return (code_RP.unflatten(1, (-1, BLOCK)) * scale_RL[:, :, None]).flatten(1)
-
-
-# Random bits.
 
 GOLDEN = 0x9E3779B9 - 2**32  # 2^32 divided by the golden ratio, as a signed number
 
@@ -288,7 +213,7 @@ def fold(seed: int) -> int:
     return (bits ^ bits >> 31) % 2**32 - 2**31
 
 
-def check_rows(*operands: Tensor | None) -> None:
-    """Rows of whole blocks, contiguous inside."""
-    assert operands[0].shape[1] % BLOCK == 0
-    assert all(operand.stride(1) == 1 for operand in operands if operand is not None)
+def check_rows(*arrays: Tensor | None) -> None:
+    """Rows of whole blocks, one after the other."""
+    assert arrays[0].shape[1] % BLOCK == 0
+    assert all(array.is_contiguous() for array in arrays if array is not None)

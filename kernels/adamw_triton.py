@@ -9,155 +9,107 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.adamw import BLOCK, AdamW, State, bias_corrections, fold
+from kernels.adamw import BLOCK, AdamW, Rows, bias_corrections, fold
 
 TILE = {"BLOCKS": 4, "BLOCK": BLOCK}  # of one program: a warp has one block, 8 values a thread
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 GOLDEN = tl.constexpr(0x9E3779B9)
 
 
-def update_rows(
-    weight_RP: Tensor,
-    grad_RP: Tensor,
-    state: State,
-    updates_R: Tensor,
-    factor_R: Tensor,
-    settings: AdamW,
-    seed: int,
-    stochastic: bool,
-) -> None:
+def update_rows(rows: Rows, grad_RP: Tensor, factor_R: Tensor, rules: AdamW, seed: int) -> None:
     """`kernels.adamw.update_rows` on CUDA; no copy from or to the host, so it runs ahead and can be captured."""
-    step_R, inverse_root_R = bias_corrections(updates_R, settings)
-    operands = (weight_RP, grad_RP, *state)
-    update_kernel[grid(weight_RP)](
-        *map(as_bits, operands),
-        *(0 if operand is None else operand.stride(0) for operand in operands),
-        factor_R,
-        step_R,
-        inverse_root_R,
-        settings.beta1,
-        1 - settings.beta1,
-        settings.beta2,
-        1 - settings.beta2,
-        settings.eps,
-        1 - settings.lr * settings.weight_decay,
-        fold(seed),
-        weight_RP.shape[1],
-        stochastic,
-        **TILE,
-        **LAUNCH,
-    )
-    updates_R += factor_R > 0
+    names = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "master")
+    arrays = (rows["weight"], grad_RP, *map(rows.get, names))
+    corrections, (lr, beta1, beta2, eps, weight_decay) = bias_corrections(rows["updates"], rules), rules
+    rates = (beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay)
+    launch(update_kernel, arrays, factor_R, *corrections, *rates, fold(seed))
+    rows["updates"] += (factor_R > 0)[:, None]
 
 
 def accumulate_rows(accumulator_RP: Tensor, grad_RP: Tensor, seed: int) -> None:
     """`kernels.adamw.accumulate_rows` with stochastic rounding to bf16, on CUDA."""
-    accumulate_kernel[grid(accumulator_RP)](
-        as_bits(accumulator_RP),
-        as_bits(grad_RP),
-        accumulator_RP.stride(0),
-        grad_RP.stride(0),
-        fold(seed),
-        accumulator_RP.shape[1],
-        **TILE,
-        **LAUNCH,
-    )
+    launch(accumulate_kernel, (accumulator_RP, grad_RP), fold(seed))
 
 
-def grid(rows_RP: Tensor) -> tuple[int, int]:
-    return triton.cdiv(rows_RP.shape[1], TILE["BLOCKS"] * BLOCK), len(rows_RP)
-
-
-def as_bits(operand: Tensor | None) -> Tensor | None:
-    """bf16 as int16."""
-    return operand.view(torch.int16) if operand is not None and operand.dtype == torch.bfloat16 else operand
+def launch(kernel, arrays: tuple[Tensor | None, ...], *numbers: Tensor | float) -> None:
+    """A program for each tile of each row. bf16 is passed as int16."""
+    rows, length = arrays[0].shape
+    arrays = (a.view(torch.int16) if a is not None and a.dtype == torch.bfloat16 else a for a in arrays)
+    grid = triton.cdiv(length, TILE["BLOCKS"] * BLOCK), rows
+    kernel[grid](*arrays, *numbers, length, **TILE, **LAUNCH)
 
 
 @triton.jit(do_not_specialize=["seed"])
 def update_kernel(
     weight, grad, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, master,
-    weight_stride, grad_stride, exp_avg_stride, exp_avg_sq_stride,
-    exp_avg_scale_stride, exp_avg_sq_scale_stride, master_stride,
-    factor_R, step_R, inverse_root_R,
-    beta1, rest1, beta2, rest2, eps, decay, seed, P,
-    STOCHASTIC: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+    factor_R, step_R, inverse_root_R, beta1, rest1, beta2, rest2, eps, decay, seed, P,
+    BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program updates BLOCKS blocks of one row. rest is 1 − beta, decay 1 − lr · weight decay."""
-    row = tl.program_id(1).to(tl.int64)
-    factor = tl.load(factor_R + row)
+    factor = tl.load(factor_R + tl.program_id(1))
     if not (factor > 0):
         return
-    block, place, inside = tile(P, BLOCKS, BLOCK)
-    in_row = block < P // BLOCK
-    bits = random_bits(seed, row, place)
+    row, block, place, inside, bits = tile(seed, P, BLOCKS, BLOCK)
     moment_bits = mix(bits + GOLDEN)
 
-    gradient = load(grad + row * grad_stride + place, inside) * factor
-    exp_avg += row * exp_avg_stride
-    exp_avg_sq += row * exp_avg_sq_stride
+    gradient = load(grad + place, inside) * factor
     m = load(exp_avg + place, inside)
     v = load(exp_avg_sq + place, inside)
     if exp_avg_scale is not None:
-        exp_avg_scale += row * exp_avg_scale_stride + block
-        exp_avg_sq_scale += row * exp_avg_sq_scale_stride + block
-        root = m * tl.load(exp_avg_scale, in_row, 0.0)[:, None]
-        root = root * root
-        m = tl.where(m < 0, -(root * root), root * root)
-        root = v * tl.load(exp_avg_sq_scale, in_row, 0.0)[:, None]
-        root = root * root
-        root = root * root
-        v = root * root
+        in_row = block < P // BLOCK
+        block += row * (P // BLOCK)
+        fourth = fourth_power(m * tl.load(exp_avg_scale + block, in_row, 0.0)[:, None])
+        m = tl.where(m < 0, -fourth, fourth)
+        fourth = fourth_power(v * tl.load(exp_avg_sq_scale + block, in_row, 0.0)[:, None])
+        v = fourth * fourth
     m = m * beta1 + gradient * rest1
     v = v * beta2 + gradient * gradient * rest2
 
-    weight += row * weight_stride + place
-    exact = weight
-    if master is not None:
-        exact = master + row * master_stride + place
+    exact = weight if master is None else master
     denominator = tl.sqrt_rn(v) * tl.load(inverse_root_R + row) + eps
-    value = load(exact, inside) * decay - tl.div_rn(m, denominator) * tl.load(step_R + row)
-    store(weight, value, bits, inside, STOCHASTIC and master is None)
+    value = load(exact + place, inside) * decay - tl.div_rn(m, denominator) * tl.load(step_R + row)
+    store(weight + place, value, bits, inside, master is None)
     if master is not None:
-        tl.store(exact, value, inside)
+        tl.store(master + place, value, inside)
 
     if exp_avg_scale is not None:
         root, scale = scaled(tl.sqrt_rn(tl.sqrt_rn(tl.abs(m))), 127.0)
         code = tl.floor(root)
         low = fourth_power(code)
-        up = uniform(moment_bits) * (fourth_power(code + 1) - low) < fourth_power(root) - low
+        dice = (moment_bits & 0xFFFF).to(tl.float32) * (1 / 65536)
+        up = dice * (fourth_power(code + 1) - low) < fourth_power(root) - low
         code = tl.minimum(code + up.to(tl.float32), 127.0)
         tl.store(exp_avg + place, tl.where(m < 0, -code, code).to(tl.int8), inside)
-        tl.store(exp_avg_scale, scale, in_row)
+        tl.store(exp_avg_scale + block, scale, in_row)
 
         root, scale = scaled(tl.sqrt_rn(tl.sqrt_rn(tl.sqrt_rn(v))), 255.0)
-        code = tl.minimum(tl.floor(root + uniform(moment_bits >> 16)), 255.0)
+        code = tl.minimum(tl.floor(root + (moment_bits >> 16).to(tl.float32) * (1 / 65536)), 255.0)
         code = tl.maximum(code, (v > 0).to(tl.float32))
         tl.store(exp_avg_sq + place, code.to(tl.uint8), inside)
-        tl.store(exp_avg_sq_scale, scale, in_row)
+        tl.store(exp_avg_sq_scale + block, scale, in_row)
     else:
-        store(exp_avg + place, m, moment_bits, inside, STOCHASTIC)
-        store(exp_avg_sq + place, v, moment_bits >> 16, inside, STOCHASTIC)
+        store(exp_avg + place, m, moment_bits, inside, True)
+        store(exp_avg_sq + place, v, moment_bits >> 16, inside, True)
 
 
 @triton.jit(do_not_specialize=["seed"])
-def accumulate_kernel(
-    accumulator, grad, accumulator_stride, grad_stride, seed, P,
-    BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def accumulate_kernel(accumulator, grad, seed, P, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
     """One program adds BLOCKS blocks of one row."""
-    row = tl.program_id(1).to(tl.int64)
-    _, place, inside = tile(P, BLOCKS, BLOCK)
-    accumulator += row * accumulator_stride + place
-    value = load(accumulator, inside) + load(grad + row * grad_stride + place, inside)
-    store(accumulator, value, random_bits(seed, row, place), inside, True)
+    _, _, place, inside, bits = tile(seed, P, BLOCKS, BLOCK)
+    value = load(accumulator + place, inside) + load(grad + place, inside)
+    store(accumulator + place, value, bits, inside, True)
 
 
 @triton.jit
-def tile(P, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's blocks [BLOCKS], their places in the row [BLOCKS, BLOCK], and which of these exist."""
+def tile(seed, P, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's row, its blocks in the row [BLOCKS], and of their values [BLOCKS, BLOCK] the places in an
+    array of rows, whether they exist, and random bits."""
+    row = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     place = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    return block, place, place < P
+    key = mix(row.to(tl.uint32) + seed.to(tl.uint32))
+    bits = mix(mix(place.to(tl.uint32) ^ key) + key)
+    return row, block, row * P + place, place < P, bits
 
 
 @triton.jit
@@ -190,17 +142,6 @@ def scaled(root, largest):
 @triton.jit
 def fourth_power(x):
     return (x * x) * (x * x)
-
-
-@triton.jit
-def uniform(dice):
-    return (dice & 0xFFFF).to(tl.float32) * (1 / 65536)
-
-
-@triton.jit
-def random_bits(seed, row, place):
-    key = mix(row.to(tl.uint32) + seed.to(tl.uint32))
-    return mix(mix(place.to(tl.uint32) ^ key) + key)
 
 
 @triton.jit

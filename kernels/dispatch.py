@@ -1,10 +1,12 @@
-"""The routing operations as the model calls them: in plain PyTorch, or as Triton kernels where these run."""
+"""The routing operations as the model calls them, in plain PyTorch or as Triton kernels where these run, and what
+multiplies experts."""
 
 import functools
 import importlib
 import os
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,11 +33,6 @@ def use(kernels: str) -> None:
     obstacle.cache_clear()
 
 
-def wants_all() -> bool:
-    """Whether `triton` was asked for: also what has not been measured, and is not taken by itself."""
-    return _wanted == "triton"
-
-
 def describe(device: torch.device, num_experts: int, num_active: int, width: int) -> str:
     """What runs the routing of tokens of `width` values to K of E experts, and why."""
     reason = obstacle(device, num_experts, num_active, width)
@@ -57,7 +54,7 @@ def obstacle(device: torch.device, num_experts: int, num_active: int, width: int
         return "kernels need an NVIDIA GPU of compute capability 7.5 or later"
     if not interpreted and not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
         return "Triton needs a C compiler"
-    try:  # by name, because an export copies what is imported, and Triton is not everywhere
+    try:  # by name, here and below, because an export copies what is imported, and Triton is not everywhere
         routing, moves = (importlib.import_module(f"kernels.{name}") for name in ("routing", "permute"))
     except ImportError as error:
         return f"{error.name} is not installed"
@@ -113,3 +110,32 @@ def unpermute(rows_ND: Tensor, places_TK: Tensor) -> Tensor:
 def moves(values: Tensor, places_TK: Tensor) -> Operations:
     """What moves rows of these values."""
     return _operations[chosen(values.device, 0, places_TK.shape[1], values.shape[1])]
+
+
+def has_grouped_gemm(rows: Tensor) -> bool:
+    """Whether `F.grouped_mm` has a kernel of its own for this device and dtype (elsewhere it loops, slower)."""
+    return (
+        rows.is_cuda
+        and rows.dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(rows.device) >= (9, 0)
+    )
+
+
+def triton_grouped_gemm(rows: Tensor) -> Callable[..., Tensor] | None:
+    """DeepSpeed's grouped GEMM for compute capability 8.0 to 8.9, where `F.grouped_mm` runs but loops over experts
+    and waits for their counts; None elsewhere, for deterministic algorithms (its tiles, and so the order of sums,
+    are chosen by timing), and unless Triton was asked for: it is not tested on such a GPU.
+    """
+    on_ampere = (
+        _wanted == "triton"
+        and rows.is_cuda
+        and rows.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(rows.device)[0] == 8
+    )
+    if not on_ampere or torch.are_deterministic_algorithms_enabled():
+        return None
+    try:
+        operations = importlib.import_module("deepspeed.ops.triton_ops")
+    except ImportError:
+        return None
+    return operations.group_gemm_triton if operations.is_triton_available() else None

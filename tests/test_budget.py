@@ -42,6 +42,15 @@ BANKS = {  # where the bank lives -> what else is called, most lines in all
     "zero3": ({"experts/zero3.py", "training/gradients.py"}, 3050),
 }
 
+STREAMED = (  # a page from its store to a slot, through the computation and the optimizer, and back
+    "experts/streamed.py",
+    "experts/store.py",
+    "experts/ring.py",
+    "experts/page.py",
+    "kernels/adamw.py",
+    "kernels/adamw_triton.py",
+)
+
 # Trains one step of the tiny preset and prints the files of this repository whose functions ran for it.
 TRACED = """
 import json, os, sys
@@ -111,6 +120,10 @@ def test_path_of_one_batch(tmp_path, placement):
     assert set(ran) == {*PATH, *CALLED, *banks}
     assert len(PATH) <= 10
     assert sum(lines(ROOT / name) for name in ran) <= most
+
+
+def test_streamed_experts_are_read_in_one_sitting():
+    assert sum(lines(ROOT / name) for name in STREAMED) < 1200
 
 
 def test_no_long_file():

@@ -18,6 +18,7 @@ from torch import nn
 from experts.placement import Placement, ordinary_placement
 from experts.streamed import StreamedExperts, StreamSettings
 from kernels import deepspeed_ops  # noqa: F401
+from kernels.adamw import AdamW
 from model import PragnosiaConfig, PragnosiaForCausalLM
 from training.config import TrainingArguments, UserError
 from training.gradients import offload_in_parts, take_norms_at_once
@@ -147,9 +148,7 @@ def _streamed_experts(plan: Plan, args: TrainingArguments, ranks: Ranks) -> Stre
             accumulate=args.gradient_accumulation_steps > 1,
             fetch_all=plan.config.routing == "token",
             max_norm=args.gradient_clip,
-            learning_rate=args.local_learning_rate,
-            weight_decay=args.weight_decay,
-            betas=ADAM_BETAS,
+            adamw=AdamW(args.local_learning_rate, *ADAM_BETAS, 1e-8, args.weight_decay),
             seed=args.seed,
             disk_layers=plan.stream.disk_layers,
             nvme_path=args.nvme_path,

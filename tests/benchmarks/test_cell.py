@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import cell as cell_module
 from benchmarks.cell import Cell, error_in, run_cells, streamed_bytes
 from experts.streamed import StreamedExperts, StreamSettings
+from kernels.adamw import AdamW
 from model import PragnosiaForCausalLM
 from model.presets import preset_config
 from training.weights import fill, initial_weights
@@ -109,7 +110,7 @@ def test_bytes_of_a_step_are_those_that_are_copied(routing, state):
     config = preset_config("tiny", routing=routing)
     settings = StreamSettings(
         page_size=2, num_slots=2, state=state, accumulate=False, fetch_all=routing == "token", max_norm=1.0,
-        learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95), seed=0,
+        adamw=AdamW(1e-3, 0.9, 0.95, 1e-8, 0.1), seed=0,
     )  # fmt: skip
     placement = StreamedExperts(config, settings, torch.device("cpu"), torch.bfloat16)
     model = PragnosiaForCausalLM(config, placement.build_bank).bfloat16()

@@ -7,7 +7,7 @@ import torch
 
 import experts.page
 from experts import canonical, default_page_size
-from experts.page import ExpertPage, Groups, grouped_matmul, has_grouped_gemm, triton_grouped_gemm
+from experts.page import ExpertPage, Groups, grouped_matmul
 from experts.placement import ordinary_placement
 from kernels import dispatch
 from kernels.reference import Routing, route
@@ -134,7 +134,7 @@ def test_grouped_gemm_equals_the_loop_in_bf16(monkeypatch, placement, page_size,
     hidden, logits = hidden.to(device, torch.bfloat16), logits.to(device)
     if device == "cpu":  # slow there, hence not chosen, but it computes the same
         monkeypatch.setattr(experts.page, "has_grouped_gemm", lambda rows: True)
-    elif not has_grouped_gemm(hidden):
+    elif not dispatch.has_grouped_gemm(hidden):
         pytest.skip("the grouped GEMM needs compute capability 9.0")
     bank, pages, stacked = bank_of(placement, page_size, torch.bfloat16, device, scale)
     found = run(bank, hidden, logits, num_active)
@@ -158,19 +158,19 @@ def test_which_library_multiplies_on_which_gpu(monkeypatch):
                 dispatch.use(kernels)
                 for dtype in (torch.bfloat16, torch.float16, torch.float32):
                     rows = SimpleNamespace(is_cuda=True, dtype=dtype, device=None)
-                    triton = triton_grouped_gemm(rows)
-                    found[capability, kernels, dtype] = (has_grouped_gemm(rows), triton is not None)
+                    triton = dispatch.triton_grouped_gemm(rows)
+                    found[capability, kernels, dtype] = (dispatch.has_grouped_gemm(rows), triton is not None)
         rows = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=None)
         dispatch.use("triton")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-        assert triton_grouped_gemm(rows) is None
+        assert dispatch.triton_grouped_gemm(rows) is None
     finally:
         dispatch.use("auto")
     for (capability, kernels, dtype), (torchs, triton) in found.items():
         assert torchs == (capability >= (9, 0) and dtype == torch.bfloat16)
         assert triton == (capability[0] == 8 and kernels == "triton" and dtype != torch.float32)
-    assert triton_grouped_gemm(torch.ones(2, 2)) is None
+    assert dispatch.triton_grouped_gemm(torch.ones(2, 2)) is None
 
 
 @pytest.mark.parametrize("transposed", [True, False])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from experts.budget import DEFAULT_BUDGET, automatic_budget, choose_pages, device_bytes
 from experts.streamed import StreamedExperts, StreamSettings
-from kernels.adamw import BLOCK
+from kernels.adamw import BLOCK, AdamW
 from model.presets import preset_config
 
 CONFIG = preset_config("1B")
@@ -85,7 +85,7 @@ def test_slots_take_what_was_counted(precision, state, accumulate):
     config = preset_config("tiny", hidden_size=64, moe_intermediate_size=4 * BLOCK // 64, num_hidden_layers=1)
     chosen = StreamSettings(
         page_size=3, num_slots=4, state=state, accumulate=accumulate, fetch_all=True, max_norm=1.0,
-        learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95), seed=0,
+        adamw=AdamW(1e-3, 0.9, 0.95, 1e-8, 0.1), seed=0,
     )  # fmt: skip
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     experts = StreamedExperts(config, chosen, torch.device("cpu"), dtype)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from experts.nvme_store import ALIGNMENT, DIRECTORY, record_places
-from experts.store import RowLayout, accumulator, quantities, row_entries
+from experts.store import RowLayout, accumulator, quantities
 from tests.experts.test_streamed import LAYERS, Streamed, batch, forward, train
 
 
@@ -17,7 +17,7 @@ from tests.experts.test_streamed import LAYERS, Streamed, batch, forward, train
 @pytest.mark.parametrize("state", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("disk_layers", [1, LAYERS])
 def test_equal_to_the_store_in_memory_to_the_bit(tmp_path, disk_layers, state, accumulation):
-    settings = {"state": state, "accumulate": accumulation > 1, "stochastic": True}
+    settings = {"state": state, "accumulate": accumulation > 1}
     memory = Streamed(dtype=torch.bfloat16, **settings)
     disk = Streamed(dtype=torch.bfloat16, disk_layers=disk_layers, nvme_path=str(tmp_path), **settings)
     found = train(disk, accumulation=accumulation, dtype=torch.bfloat16)
@@ -38,12 +38,12 @@ def test_forwards_without_backward_lose_no_buffer(tmp_path):
 
 @pytest.mark.libaio
 def test_save_and_load_across_stores(tmp_path):
-    disk = Streamed(disk_layers=2, nvme_path=str(tmp_path), state="int8", stochastic=True)
+    disk = Streamed(disk_layers=2, nvme_path=str(tmp_path), state="int8")
     train(disk, steps=2)
     (tmp_path / "saved").mkdir()
     disk.experts.save(tmp_path / "saved")
-    memory = Streamed(state="int8", stochastic=True)
-    again = Streamed(disk_layers=3, nvme_path=str(tmp_path), state="int8", stochastic=True)
+    memory = Streamed(state="int8")
+    again = Streamed(disk_layers=3, nvme_path=str(tmp_path), state="int8")
     for other in (memory, again):
         other.experts.load(tmp_path / "saved")
     outputs = [train(model, steps=3) for model in (disk, memory, again)]
@@ -53,12 +53,13 @@ def test_save_and_load_across_stores(tmp_path):
 
 @pytest.mark.parametrize("state", ["fp32", "bf16", "int8"])
 def test_places_of_a_record_are_aligned_and_apart(state):
-    entries = row_entries(RowLayout(40, 24, 1, 3), quantities(state, torch.bfloat16) | accumulator(state))
-    places, record = record_places(entries)
+    size = RowLayout(40, 24, 1, 3).slice_size
+    kept = quantities(state, torch.bfloat16, size) | accumulator(state, size)
+    places, record = record_places(kept)
     assert next(iter(places)) == "weight"
     ends = [0]
     for name, place in places.items():
-        dtype, count = entries[name]
+        dtype, count = kept[name]
         assert place.start == ends[-1] and place.stop - place.start == count * dtype.itemsize
         ends.append(-(-place.stop // ALIGNMENT) * ALIGNMENT)
     assert record == ends[-1]

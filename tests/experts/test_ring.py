@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experts.ring import SlotRing
+from experts.ring import SlotRing, make_slot
 from experts.store import BankStore, Page, RowLayout, quantities, runs
 
 EXPERTS, LAYERS = 6, 2
@@ -22,7 +22,10 @@ QUANTITIES = {
 def make_stores(on_gpu: bool, state: str = "int8") -> list[BankStore]:
     """On a GPU page-locked, so that copies run beside computation, and long, so that they take a while."""
     layout = RowLayout(24, 1000 if on_gpu else 20)
-    stores = [BankStore(EXPERTS, layout, quantities(state, torch.bfloat16), on_gpu) for _ in range(LAYERS)]
+    stores = [
+        BankStore(EXPERTS, layout, quantities(state, torch.bfloat16, layout.slice_size), on_gpu)
+        for _ in range(LAYERS)
+    ]
     for layer, store in enumerate(stores):
         for array in store.arrays.values():
             array.copy_((torch.arange(EXPERTS) + layer * EXPERTS)[:, None].expand_as(array))
@@ -30,7 +33,8 @@ def make_stores(on_gpu: bool, state: str = "int8") -> list[BankStore]:
 
 
 def make_ring(stores, num_slots=3, page_size=3, device="cpu") -> SlotRing:
-    return SlotRing(stores, num_slots, page_size, torch.device(device), None)
+    slots = [make_slot(page_size, stores[0], torch.device(device)) for _ in range(num_slots)]
+    return SlotRing(stores, slots, None)
 
 
 @given(st.sets(st.integers(0, 20), min_size=1))
@@ -91,7 +95,7 @@ def play(state: str, schedule: list[dict], num_slots: int, device: str, sleeps=N
             written = (written + 1) % 127  # what int8 holds
             slot.buffers[name][: len(page.experts)].fill_(written)
             newest[page.layer][name][list(page.experts)] = written
-        ring.release(page, slot, changed)
+        ring.release(slot, changed)
 
     for number, turn in enumerate(schedule):
         if not announced:
@@ -100,12 +104,12 @@ def play(state: str, schedule: list[dict], num_slots: int, device: str, sleeps=N
         held = deque()
         for index, page in enumerate(turn["pages"][: turn["taken"]]):
             last = index == len(turn["pages"]) - 1
-            if last and turn["early"] and not turn["changed"] and number + 1 < len(schedule):
-                announced.extend(schedule[number + 1]["pages"])
-                ring.announce(schedule[number + 1]["pages"])
             assert ring.is_next(page)
             slot = ring.take(page)
             assert announced.popleft() == page
+            if last and turn["early"] and not turn["changed"] and number + 1 < len(schedule):
+                announced.extend(schedule[number + 1]["pages"])
+                ring.announce(schedule[number + 1]["pages"])
             if sleeps is not None:
                 torch.cuda._sleep(sleeps())
             for name in page.quantities:
@@ -154,13 +158,12 @@ def test_light_pages_share_the_memory_of_a_slot(state, parts):
     assert all(any(lo <= a and b <= hi for lo, hi in memory.values()) for a, b in spans)
 
     light = [Page(layer, (e,), ("weight",), True) for layer in range(LAYERS) for e in range(EXPERTS)]
-    ring.announce(light[: parts + 1])  # one more than a slot has parts: the second is cut too
-    assert (len(ring.travelling), len(ring.idle), len(ring.idle_parts)) == (parts + 1, 0, parts - 1)
     heavy = Page(0, (0,), QUANTITIES[state])
-    ring.announce([heavy])
+    ring.announce([*light[: parts + 1], heavy])  # one more than a slot has parts: the second is cut too
+    assert (len(ring.travelling), len(ring.idle), len(ring.idle_parts)) == (parts + 1, 0, parts - 1)
     for page in light[:parts]:
-        ring.release(page, ring.take(page))
-    assert [page for page, _ in ring.travelling][-1] == heavy  # the first slot is whole again
+        ring.release(ring.take(page))
+    assert ring.travelling[-1].page == heavy  # the first slot is whole again
     last = ring.take(light[parts])
     assert last.whole is other and ring.take(heavy) is slot
 
@@ -172,7 +175,7 @@ def test_uploads_run_ahead_as_far_as_slots_allow():
     assert (len(ring.travelling), len(ring.announced), len(ring.idle)) == (3, 3, 0)
     slot = ring.take(pages[0])
     assert (len(ring.travelling), len(ring.announced), len(ring.idle)) == (2, 3, 0)
-    ring.release(pages[0], slot)
+    ring.release(slot)
     assert (len(ring.travelling), len(ring.announced), len(ring.idle)) == (3, 2, 0)
     ring.cancel()
     assert (len(ring.travelling), len(ring.announced), len(ring.idle)) == (0, 0, 3)
@@ -185,6 +188,19 @@ def test_pages_are_taken_in_the_announced_order():
     assert ring.is_next(first) and not ring.is_next(second)
     with pytest.raises(AssertionError, match="order"):
         ring.take(second)
+
+
+def test_what_is_announced_takes_the_place_of_other_pages():
+    ring = make_ring(make_stores(False))
+    pages = [Page(0, (expert,), ("weight",)) for expert in range(EXPERTS)]
+    ring.announce(pages)
+    ring.take(pages[0])
+    ring.announce(pages[1:2])  # the next anyway: what follows stays
+    assert [slot.page for slot in ring.travelling] + list(ring.announced) == pages[1:]
+    ring.announce(pages[4:])
+    assert [slot.page for slot in ring.travelling] + list(ring.announced) == pages[4:]
+    ring.announce([])
+    assert ring.is_next(pages[4])
 
 
 def test_a_page_is_the_same_only_with_the_same_quantities():
@@ -206,6 +222,6 @@ def test_uploads_run_beside_computation():
     asleep = torch.cuda.Event()
     asleep.record()
     ring.announce([page])
-    ring.travelling[0][1].uploaded.synchronize()
+    ring.travelling[0].uploaded.synchronize()
     assert not asleep.query(), "the upload waited for the computation"
     torch.cuda.synchronize()

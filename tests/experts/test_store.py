@@ -23,24 +23,26 @@ def test_ranks_tile_every_projection(expert_width, hidden_size, ranks):
     assert whole.values == 3 * expert_width * hidden_size
     assert whole.slice_size % BLOCK == 0 and whole.row_size == ranks * whole.slice_size
     assert whole.values <= whole.row_size < whole.values + ranks * BLOCK
+    values = (torch.arange(whole.values) + 1).view(1, 3, -1)
+    projections = {name: values[:, number] for number, name in enumerate(PROJECTIONS)}
     row = torch.zeros(whole.row_size, dtype=torch.int64)
-    for number, name in enumerate(PROJECTIONS):
-        values = torch.arange(expert_width * hidden_size) + number * expert_width * hidden_size + 1
-        assert torch.equal(torch.arange(whole.row_size)[whole.projection(name)], values - 1)
-        covered = torch.zeros_like(values)
-        for layout in layouts:
-            here, there = layout.own(name)
-            part = row[layout.rank * layout.slice_size :][: layout.slice_size]
-            assert not part[here].any(), "overlap"
-            part[here] = values[there]
-            covered[there] += 1
-        assert (covered == 1).all()
-    assert torch.equal(row[: whole.values], torch.arange(whole.values) + 1)
+    for layout in layouts:
+        own = layout.own(projections)
+        row[layout.rank * layout.slice_size :][: own.shape[1]] = own[0]
+    assert torch.equal(row[: whole.values], values.flatten())
+    gate_up, down = whole.weights(row[None])
+    assert gate_up.shape == (1, 2 * expert_width, hidden_size) and down.shape == (
+        1,
+        hidden_size,
+        expert_width,
+    )
+    assert torch.equal(torch.cat([gate_up.flatten(), down.flatten()]), row[: whole.values])
     assert not row[whole.values :].any(), "padding lies at the end"
 
 
 def stores(ranks: int, state="fp32", dtype=torch.float32, accumulate=False) -> list[BankStore]:
-    kept = quantities(state, dtype) | (accumulator(state) if accumulate else {})
+    size = RowLayout(WIDTH, SIZE, 0, ranks).slice_size
+    kept = quantities(state, dtype, size) | (accumulator(state, size) if accumulate else {})
     return [BankStore(EXPERTS, RowLayout(WIDTH, SIZE, r, ranks), kept, lock=False) for r in range(ranks)]
 
 
@@ -64,10 +66,9 @@ def test_written_weights_are_the_rows(ranks, state, dtype):
     """In pieces that end inside the bank; the master copy, where there is one, is exact."""
     parts = stores(ranks, state, dtype)
     expected = torch.cat([weights(name).flatten(1) for name in PROJECTIONS], dim=1)
-    for name in PROJECTIONS:
-        for first in (0, 2, 4):
-            for store in parts:
-                store.write(first, {name: weights(name)[first : first + 2]})
+    for first in (0, 2, 4):
+        for store in parts:
+            store.write(first, {name: weights(name)[first : first + 2] for name in PROJECTIONS})
     assert torch.equal(rows(parts, "weight"), expected.to(dtype))
     has_master = state == "fp32" and dtype == torch.bfloat16
     assert ("master" in parts[0].arrays) == has_master

@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from experts.resident import ResidentBank
 from experts.store import PROJECTIONS
 from experts.streamed import StreamedExperts, StreamSettings, export_name
-from kernels.adamw import AdamW, State, clip_factors, sum_of_squares, update_rows_reference
+from kernels.adamw import AdamW, clip_factors, sum_of_squares, update_rows
 from kernels.reference import Routing, inverse, route
 from model import PragnosiaForCausalLM
 from model.presets import preset_config
@@ -26,8 +26,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 def settings(**changes) -> StreamSettings:
     defaults = {
         "page_size": 2, "num_slots": 2, "state": "fp32", "accumulate": False, "fetch_all": True,
-        "max_norm": 0.5, "learning_rate": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.95), "seed": 0,
-        "stochastic": False,
+        "max_norm": 0.5, "adamw": AdamW(1e-2, 0.9, 0.95, 1e-8, 0.1), "seed": 0,
     }  # fmt: skip
     return StreamSettings(**(defaults | changes))
 
@@ -53,16 +52,16 @@ class Resident:
     """The same with parameters, updated after backward by the optimizer's specification."""
 
     def __init__(self, device="cpu", dtype=torch.float32, **changes):
-        self.settings, self.updates = settings(**changes), 0
+        self.settings = settings(**changes)
         self.banks = [ResidentBank(CONFIG).to(device, dtype) for _ in range(LAYERS)]
         self.state = []
         for layer, bank in enumerate(self.banks):
             for name in PROJECTIONS:
                 parameter = getattr(bank, name)
                 parameter.data.copy_(SOURCE(export_name(layer, name), parameter.shape, None))
-            size = 3 * WIDTH * EXPERT_WIDTH
-            moments = [torch.zeros(EXPERTS, size) for _ in range(2)]
-            self.state.append((State(*moments), torch.zeros(EXPERTS, dtype=torch.int32)))
+            moments = torch.zeros(2, EXPERTS, 3 * WIDTH * EXPERT_WIDTH)
+            state = {"exp_avg": moments[0], "exp_avg_sq": moments[1]}
+            self.state.append({"updates": torch.zeros(EXPERTS, 1, dtype=torch.int32), **state})
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {
@@ -76,13 +75,12 @@ class Resident:
         if not boundary:
             return
         s = self.settings
-        for bank, (state, updates) in zip(self.banks, self.state, strict=True):
+        for bank, state in zip(self.banks, self.state, strict=True):
             parameters = [getattr(bank, name) for name in PROJECTIONS]
             rows = torch.cat([p.detach().flatten(1) for p in parameters], 1).cpu()
             grads = torch.cat([p.grad.flatten(1) for p in parameters], 1).cpu()
             factors, _ = clip_factors(sum_of_squares(grads), s.max_norm)
-            optimizer = AdamW(s.learning_rate, *s.betas, 1e-8, s.weight_decay)
-            update_rows_reference(rows, grads, state, updates, factors, optimizer, 0, False)
+            update_rows(state | {"weight": rows}, grads, factors, s.adamw, 0)
             parts = rows.split([p[0].numel() for p in parameters], 1)
             for parameter, part in zip(parameters, parts, strict=True):
                 parameter.data.copy_(part.view(parameter.shape))
@@ -143,7 +141,7 @@ def test_streamed_equals_resident(page_size, num_slots, accumulation, fetch_all,
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("state", ["fp32", "bf16", "int8"])
 def test_bf16_stays_near_resident_fp32(state, device):
-    streamed = Streamed(device, torch.bfloat16, state=state, stochastic=True)
+    streamed = Streamed(device, torch.bfloat16, state=state)
     found = train(streamed, device=device, dtype=torch.bfloat16)
     expected = train(Resident(device), device=device)
     # Few large values make the norms: 0.6% to 2.3%, by the batch and by what is rounded.
@@ -174,7 +172,7 @@ def record_pages(experts: StreamedExperts) -> list:
 @pytest.mark.parametrize("fetch_all", [True, False])
 def test_experts_without_tokens_are_left_as_they_are(fetch_all, state, device):
     """Not a bit of weights, moments and count changes, and backward does not fetch them; the others do change."""
-    changes = {"fetch_all": fetch_all, "state": state, "page_size": 2, "stochastic": True}
+    changes = {"fetch_all": fetch_all, "state": state, "page_size": 2}
     streamed = Streamed(device, torch.bfloat16, **changes)
     train(streamed, steps=2, device=device, dtype=torch.bfloat16)  # no moment is 0 any more
     before, taken = (
@@ -227,7 +225,7 @@ class Poison(torch.autograd.Function):
 @pytest.mark.parametrize("state", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_gradient_that_is_not_finite_leaves_out_its_expert_alone(accumulation, state, device):
-    streamed = Streamed(device, torch.bfloat16, state=state, accumulate=accumulation > 1, stochastic=True)
+    streamed = Streamed(device, torch.bfloat16, state=state, accumulate=accumulation > 1)
     (bank, *_), experts = streamed.banks, streamed.experts
     generator = torch.Generator().manual_seed(0)
 
@@ -401,7 +399,7 @@ def test_saved_and_loaded_goes_on_bit_for_bit(tmp_path, dtype, state):
     """Stochastic rounding included, whose bits depend on the updates so far, and on the seed."""
 
     def model(seed=0):
-        return Streamed(dtype=dtype, state=state, stochastic=True, accumulate=True, seed=seed)
+        return Streamed(dtype=dtype, state=state, accumulate=True, seed=seed)
 
     whole, first, second, other = model(), model(), model(), model(seed=1)
     for streamed in (whole, other):

@@ -189,7 +189,7 @@ def faulty_gradients(self, visit, page, gradients):
     if fault == "half a step" and trainer.step == 3 and visit.layer == 0:
         raise RuntimeError("a broken machine")
     if visit.layer == 1 and gradients and (fault == "nan" and trainer.step == 1 or fault == "always nan"):
-        assert page.page.experts[0] == 0
+        assert page.slot.page.experts[0] == 0
         gradients[1][2] = float("nan")
     use_gradients(self, visit, page, gradients)
 
