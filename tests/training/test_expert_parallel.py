@@ -48,6 +48,7 @@ LAYOUTS = {
         (2, "recompute", "few", {"checkpointing": True}),
         (4, "recompute, stage 3", "few", {"stage": 3, "checkpointing": True}),
         (2, "offload", "few", {"offload": "optimizer"}),
+        (2, "offload, stage 1", "few", {"stage": 1, "offload": "optimizer"}),
         (4, "offload, stage 3", "few", {"stage": 3, "offload": "optimizer"}),
         (2, "uneven rows", "few", {"rows": [3, 1]}),
         (2, "uneven rows, stage 3", "few", {"stage": 3, "rows": [1, 3]}),
