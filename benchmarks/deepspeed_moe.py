@@ -107,6 +107,8 @@ def with_classic_layers(config: PragnosiaConfig, size: int) -> PragnosiaForCausa
 class ClassicBlock(nn.Module):
     """What a decoder layer asks of a `MoEBlock`; the layer routes by itself, so there is nothing to hand over."""
 
+    experts = None  # no bank of ours, whose capacity a layer would ask for
+
     def __init__(self, config: PragnosiaConfig, size: int):
         super().__init__()
         self.num_experts = config.num_experts

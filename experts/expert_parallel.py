@@ -10,8 +10,11 @@ Of the W ranks of an expert-parallel group each has R = E / W experts.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed.checkpoint.autoep_affine import (
     autoep_experts_for_rank,
     autoep_placement_to_affine_map,
@@ -68,12 +71,17 @@ class ExpertParallelBank(AutoEPMoELayer):
     Args:
         config: of the model.
         size: W; divides E and the number of ranks.
+        capacity_factor: in training an expert takes at most this many times the even share of a rank's choices
+            (see `model/capacity.py`); None: all.
     """
 
-    def __init__(self, config, size: int):
+    def __init__(self, config, size: int, capacity_factor: float | None = None):
         nn.Module.__init__(self)  # the parent's takes a module apart that there is not
         self.num_experts, self.ep_size = config.num_experts, size
         self.num_local_experts = config.num_experts // size
+        self.capacity_factor = capacity_factor
+        self.num_active = config.num_experts_per_tok
+        self.num_choices = config.expert_pool or config.num_experts
         self.ep_group_name = f"ep_size_{size}"
         self.folding_group_handles = self.tp_group = None
         self.set_deepspeed_parallelism()
@@ -105,18 +113,31 @@ class ExpertParallelBank(AutoEPMoELayer):
             "owners": self.ep_group,
         }
 
+    def capacity(self, tokens: int) -> int:
+        """How many choices an expert takes of so many tokens: its even share, with pools that in the pool, times
+        the factor, rounded up."""
+        return math.ceil(self.capacity_factor * tokens * self.num_active / self.num_choices)
+
     def forward(self, hidden_TD: Tensor, routing: Routing) -> Tensor:
-        """The experts' weighted sum, [T, D]; collective over the group, whatever its ranks' numbers of tokens."""
+        """The experts' weighted sum, [T, D]; collective over the group, whatever its ranks' numbers of tokens.
+
+        Dropped rows do not travel, and come back as zeros.
+        """
         exchange = Exchange(routing.counts_E, self.ep_group)
         rows_ND = permute(hidden_TD, routing)
+        dropped = len(rows_ND) - sum(exchange.sent)
+        if dropped:
+            rows_ND = rows_ND[:-dropped]
         rows_ND = permute(exchange.to_owners(rows_ND), exchange.by_expert)
         rows_ND = self.experts(rows_ND, exchange.counts_R)
         rows_ND = exchange.from_owners(permute(rows_ND, exchange.by_source))
+        if dropped:
+            rows_ND = F.pad(rows_ND, (0, 0, 0, dropped))
         return combine(rows_ND, routing)
 
 
 class Exchange:
-    """Who sends how many rows to whom in one layer, told by an all-to-all of counts; nothing is dropped.
+    """Who sends how many rows to whom in one layer, told by an all-to-all of counts.
 
     What a rank sends is sorted by expert, so it is sorted by owner. What it receives is sorted by source, and by
     expert within a source; `by_expert` and `by_source` turn it into the order of its experts and back.

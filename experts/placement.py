@@ -47,8 +47,9 @@ class Placement:
         """Read what `save` wrote, whatever the number of ranks was."""
 
 
-def ordinary_placement(name: str, page_size: int | None, expert_parallel: int = 1) -> Placement:
-    """`resident` or `zero3`; resident experts are spread over groups of `expert_parallel` ranks."""
+def ordinary_placement(name: str, page_size: int | None, expert_parallel: int = 1, **settings) -> Placement:
+    """`resident` or `zero3`; resident experts are spread over groups of `expert_parallel` ranks, with settings of
+    `ExpertParallelBank`."""
     if name == "zero3":
         assert page_size is not None
         return Placement(partial(Zero3Bank, page_size=page_size))
@@ -56,5 +57,5 @@ def ordinary_placement(name: str, page_size: int | None, expert_parallel: int = 
     if expert_parallel > 1:
         from experts.expert_parallel import ExpertParallelBank  # all others need no DeepSpeed
 
-        return Placement(partial(ExpertParallelBank, size=expert_parallel))
+        return Placement(partial(ExpertParallelBank, size=expert_parallel, **settings))
     return Placement(ResidentBank)

@@ -16,8 +16,9 @@ class Routing(NamedTuple):
     """Which experts each token goes to, and the permutation that groups rows by expert.
 
     ids_TK (int64): chosen experts, best first. weights_TK: their weights, with gradient.
-    counts_E (int64): rows of each expert. order_N (int64): row n is choice `order_N[n]` of the flattened ids_TK.
-    places_TK (int64): the row of each choice, the inverse of order_N.
+    counts_E (int64): rows of each expert; rows behind these are dropped (see `model.capacity.within_capacity`).
+    order_N (int64): row n is choice `order_N[n]` of the flattened ids_TK. places_TK (int64): the row of each
+    choice, the inverse of order_N.
     """
 
     ids_TK: Tensor

@@ -16,6 +16,7 @@ from kernels.reference import Routing
 from model.answers import AnswerMethods
 from model.attention import Attention, RMSNorm, rotary
 from model.cache_augmentation import Coprocessor, cache_of_traces, trace_losses
+from model.capacity import drops, within_capacity
 from model.config import PragnosiaConfig
 from model.extended_cache import Extended
 from model.generation_cache import detach, hold_states
@@ -35,8 +36,8 @@ class CausalLMOutput(ModelOutput):
     balance_loss, z_loss: this batch's auxiliary losses, a mean over real tokens and layers, without coefficients.
     router_entropy: mean over real tokens and layers, nats. load_LE: rows of real tokens, a layer and expert.
     logits: [B, S or logits_to_keep, V], only when no labels are given. step_values: fp32 [B, the same], those of
-    the value head, only when they are asked for. component_sums: what a component reports,
-    name -> fp32 [2] without gradient: a sum, and the count that makes it a mean.
+    the value head, only when they are asked for. component_sums: what a component or a
+    capacity reports, name -> fp32 [2] without gradient: a sum, and the count that makes it a mean.
     """
 
     loss: Tensor | None = None
@@ -114,6 +115,8 @@ class DecoderLayer(nn.Module):
         hidden_BSD = hidden_BSD + added_BSD
         hidden_TD = self.post_attention_layernorm(hidden_BSD).flatten(0, 1)
         routing, statistics = self.mlp.gate(hidden_TD, valid_T, choice)
+        if self.training and getattr(self.mlp.experts, "capacity_factor", None):
+            routing = within_capacity(routing, self.mlp.experts.capacity(len(hidden_TD)), valid_T)
         return hidden_BSD, hidden_TD, *routing, *statistics, *memory_statistics
 
 
@@ -328,6 +331,9 @@ class PragnosiaForCausalLM(PragnosiaPreTrainedModel, GenerationMixin, AnswerMeth
             component_sums |= sums
             labelled = sums["tree/value_loss"][1] if num_value_labels is None else num_value_labels
             loss = loss + self.config.tree["value_loss_weight"] * value_loss_sum / at_least_one(labelled)
+        load_LE = torch.stack([layer.load_E for layer in statistics])
+        if self.training and getattr(bank := self.model.layers[0].mlp.experts, "capacity_factor", None):
+            component_sums |= drops(load_LE, bank.capacity(input_ids.numel()))
         own_tokens = at_least_one(own_tokens)
         return CausalLMOutput(
             loss=loss,
@@ -335,7 +341,7 @@ class PragnosiaForCausalLM(PragnosiaPreTrainedModel, GenerationMixin, AnswerMeth
             balance_loss=balance_sum.detach() / own_tokens,
             z_loss=z_sum.detach() / own_tokens,
             router_entropy=sum(layer.entropy_sum for layer in statistics) / layers / own_tokens,
-            load_LE=torch.stack([layer.load_E for layer in statistics]),
+            load_LE=load_LE,
             component_sums=component_sums or None,
         )
 

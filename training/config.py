@@ -276,6 +276,12 @@ class TrainingArguments(Checked):
         "(default: the JSON's rule, or as many as can)",
         minimum=1,
     )
+    capacity_factor: float | None = option(
+        None,
+        "where GPUs share experts: an expert takes at most this many times the even share of the choices in a "
+        "GPU's microbatch, and training drops the others (default: drop none)",
+        minimum=0.01,
+    )
     deepspeed_config: str | None = option(
         None,
         "DeepSpeed JSON: a path or a name in deepspeed_configs (default: by preset, placement and machine)",

@@ -131,7 +131,8 @@ def unlink_shared_buffers() -> None:
 def build_placement(plan: Plan, args: TrainingArguments, ranks: Ranks) -> Placement:
     """Where the experts of a planned run live."""
     if plan.stream is None:
-        return ordinary_placement(plan.placement, plan.page_size, plan.expert_parallel)
+        capacity = {"capacity_factor": args.capacity_factor}
+        return ordinary_placement(plan.placement, plan.page_size, plan.expert_parallel, **capacity)
     try:
         return _streamed_experts(plan, args, ranks)
     except OSError as error:

@@ -14,7 +14,7 @@ from training.weights import directory_weights, exported_tensors, fill, qwen3_mo
 REPOSITORY = Path(__file__).resolve().parent.parent
 # The modules a loaded model needs, written flat beside the weights for `trust_remote_code`.
 MODEL_CODE = (
-    "model/config.py", "model/components.py", "model/attention.py", "model/router.py",
+    "model/config.py", "model/components.py", "model/attention.py", "model/capacity.py", "model/router.py",
     "model/step_routing.py", "model/moe.py", "model/head.py", "model/value_head.py",
     "model/generation_cache.py", "model/extended_cache.py", "model/memory.py", "model/cache_augmentation.py",
     "model/answers.py", "model/causal_lm.py", "experts/page.py", "experts/resident.py",

@@ -49,6 +49,7 @@ class Plan:
         if self.stream and self.stream.disk_layers:
             pages += f", {self.stream.disk_layers} layers ({self.stream.disk / 1e9:,.2f} GB) on the disk"
         shared = f", shared by groups of {self.expert_parallel} ranks" * (self.expert_parallel > 1)
+        shared += f", capacity factor {args.capacity_factor}" if args.capacity_factor and shared else ""
         return [
             f"model       {self.config.num_params() / 1e6:,.1f}M parameters, "
             + f"{self.config.active_params() / 1e6:,.1f}M active; "
@@ -141,6 +142,11 @@ def make_plan(
                 deepspeed_config.autoep_size(path),
                 json_is_default=not args.deepspeed_config,
             )
+        if args.capacity_factor and expert_parallel == 1 and placement == "resident":
+            raise UserError(
+                f"--capacity-factor {args.capacity_factor} is for GPUs that share experts, and here none do: "
+                f"leave it out, or use --expert-parallel-size with 2 or more"
+            )
         memory = estimate(
             config,
             ds_config,
@@ -231,6 +237,7 @@ def idle_expert_flags(args: TrainingArguments, placement: str) -> dict[str, str]
         ("--nvme-path", args.nvme_path, "streamed"),
         ("--expert-page-size", args.expert_page_size, "streamed or zero3"),
         ("--expert-parallel-size", args.expert_parallel_size, "resident"),
+        ("--capacity-factor", args.capacity_factor, "resident"),
     )
     return {
         f"{flag} {value}": placements

@@ -171,13 +171,21 @@ def neighbours(cluster: Cluster, group: int) -> tuple[int, int]:
     return max(together.values()) - 1, max(crossing.values())
 
 
-def all_to_all(config: PragnosiaConfig, tokens: int, exchanges: int, ep: int, cluster: Cluster) -> Load:
+def all_to_all(
+    config: PragnosiaConfig,
+    tokens: int,
+    exchanges: int,
+    ep: int,
+    cluster: Cluster,
+    capacity: float | None = None,
+) -> Load:
     """Rows on their way to their experts or back, `exchanges` times.
 
     T K D 2 bytes a rank, of which at an even load every rank of the group gets 1/ep: (ep - 1)/ep of it travels.
+    A capacity factor below 1 drops the rest of it.
     """
     inside, crossing = neighbours(cluster, ep)
-    share = 2 * tokens * config.num_experts_per_tok * config.hidden_size / ep
+    share = 2 * tokens * config.num_experts_per_tok * config.hidden_size / ep * min(1.0, capacity or 1.0)
     return Load(share * inside, share * crossing, int(ep > 1)) * exchanges
 
 
@@ -237,7 +245,8 @@ def traffic_of(
     if combination.placement == "resident":
         banks = ring(2 * experts / ep, ep, cluster, calls)
         bank_gather, bank_reduce = zero_traffic(banks, stage, microbatches, recomputed)
-        rows = all_to_all(config, tokens, layers * microbatches * (4 + recomputed), ep, cluster)
+        exchanges = layers * microbatches * (4 + recomputed)
+        rows = all_to_all(config, tokens, exchanges, ep, cluster, args.capacity_factor)
         return Traffic(rows, gather + bank_gather, reduce + bank_reduce, fetches=fetches)
     if config.routing == "step":
         experts *= config.expert_pool / config.num_experts
@@ -362,12 +371,19 @@ def combinations(
                     config.num_experts, cluster.gpus, args.expert_parallel_size, "auto", True
                 )
             ]
+        if args.capacity_factor:
+            sizes = [size for size in sizes if size > 1]
+            if not sizes:
+                raise UserError(
+                    f"--capacity-factor {args.capacity_factor} is for GPUs that share experts: leave it out, or "
+                    f"use more --gpus or another --expert-parallel-size"
+                )
         default = deepspeed_config.default_path(preset, "resident", "cuda", cluster.gpus, cluster.machines)
         sections = [_zero(default.name, stage) for stage in range(4)]
         if cluster.gpus == 1:  # nothing to divide
             sections = [section for section in sections if section[1]]
         found = [Combination("resident", *section, size) for size in sizes for section in sections]
-    if placement != "resident" and args.expert_parallel_size is None:
+    if placement != "resident" and args.expert_parallel_size is None and args.capacity_factor is None:
         found += [Combination("streamed", _shipped(name)["zero_optimization"], name) for name in STREAMED]
     return found
 

@@ -63,6 +63,17 @@ def test_every_divisor_shares_experts_and_baselines_stand_beside(tmp_path):
         wanted(tmp_path, *flags, "--expert-parallel", "2", "3")
 
 
+def test_without_options_every_table_is_made(tmp_path):
+    """ZeRO-3, the slowest here, is for who asks."""
+    rows = wanted(tmp_path, gpus=(1, 2))
+    shared = {(c.model_size, c.name) for c in rows if c.num_gpus == c.expert_parallel_size == 2}
+    names = [f"{name} ZeRO-{stage}" for name in ("resident", "autoep", "deepspeed.moe") for stage in (1, 2)]
+    assert shared == {(size, name) for size in ("1B", "3B", "7B") for name in names}
+    streamed = {(c.model_size, c.num_gpus, c.batch_size) for c in rows if c.name == "streamed"}
+    assert streamed == {(size, *load) for size in ("7B", "13B") for load in ((1, 32), (2, 32), (2, 16))}
+    assert all(c.record for c in rows)  # for the time in all-to-all
+
+
 def test_rows_of_weak_and_strong_scaling(tmp_path):
     flags = ("--placement", "streamed", "--model-size", "7B", "--batch-size", "8")
     loads = [(c.num_gpus, c.batch_size) for c in wanted(tmp_path, *flags)]
@@ -85,7 +96,18 @@ def test_every_stage_of_every_preset_is_a_json_that_trains(tmp_path, size, stage
 
 
 def test_what_cannot_run_is_known_before(tmp_path):
-    flags = ("--placement", "resident", "--model-size", "1B", "--scaling", "weak")
+    flags = (
+        "--placement",
+        "resident",
+        "--model-size",
+        "1B",
+        "--scaling",
+        "weak",
+        "--zero-stage",
+        "1",
+        "2",
+        "3",
+    )
     refused = {c.name for c in wanted(tmp_path, *flags) if refusal(c)}
     assert refused == {"deepspeed.moe ZeRO-3"}
 

@@ -4,12 +4,13 @@ usage: layouts.py LAYOUTS.json OUT.pt — a list of layouts in, a list of result
 
 A layout is a dictionary: `stage`, and what differs from one rank's plain fp32 run: `placement`, `page_size`,
 `slots`, `state`, `offload` (cpu, optimizer, or a directory for nvme), `precision`, `accumulation`, `clip`,
-`checkpointing`, `z`, `router`, `pool`, `expert_parallel`, `rows` (how many each rank has), `memory` (the window of
-the layer that has one), `steps` (numbers of the batches trained on), `poisoned` and `emptied` (lists of [step,
-row]); with `plain` it is PyTorch alone.
+`checkpointing`, `z`, `router`, `pool`, `expert_parallel`, `capacity`, `rows` (how many each rank has), `memory`
+(the window of the layer that has one), `steps` (numbers of the batches trained on), `poisoned` and `emptied`
+(lists of [step, row]); with `plain` it is PyTorch alone.
 """
 
 import json
+import math
 import os
 import sys
 from dataclasses import asdict
@@ -116,7 +117,9 @@ def model_config(layout: dict):
 def place(layout: dict, args: TrainingArguments, ranks):
     name = layout.get("placement", "resident")
     if name != "streamed":
-        return ordinary_placement(name, layout.get("page_size"), layout.get("expert_parallel", 1))
+        shared_by = layout.get("expert_parallel", 1)
+        capacity = {"capacity_factor": layout.get("capacity")}
+        return ordinary_placement(name, layout.get("page_size"), shared_by, **capacity)
     stream = StreamPlan(layout.get("page_size", 3), layout.get("slots", 3), layout.get("state", "fp32"), 0, 0)
     plan = SimpleNamespace(
         config=model_config(layout),
@@ -172,6 +175,9 @@ def train(layout: dict, ranks, directory: Path) -> dict:
         device=ranks.device, dtype=DTYPES[layout.get("precision", "fp32")],
     )  # fmt: skip
     model.model.embed_tokens.register_forward_hook(poison)
+    dropped = (
+        drop_choices(model, layout["capacity"]) if "capacity" in layout and ranks.world_size == 1 else []
+    )
     if "router" in layout:
         force_router(model, layout["router"][ranks.rank])
     engine = build_engine(model, args, ds_config)
@@ -180,6 +186,7 @@ def train(layout: dict, ranks, directory: Path) -> dict:
     for step in layout.get("steps", range(STEPS)):
         result = train_step(engine, microbatches(step, layout, ranks.rank, ranks.world_size))
         sums, load = reduce_results([result])
+        sums |= {"router/dropped_share": sum(dropped)} if dropped else {}
         first = first or {"sums": sums, "load": load}
         losses.append(sums["loss_sum"] / max(1, sums["targets"]))
         norms.append(result.grad_norm)
@@ -213,6 +220,28 @@ def record_gradients(engine) -> dict[str, torch.Tensor]:
 
 def poison(_embedding, inputs, output):
     return output.masked_fill(inputs[0][..., None] == POISON, float("nan"))
+
+
+def drop_choices(model, factor: float) -> list[int]:
+    """Give choices beyond the capacity of an expert no weight, by a plain loop; the list grows by how many of real
+    tokens these are in each layer and microbatch."""
+    dropped = []
+
+    def drop(_module, inputs, output):
+        (routing, statistics), valid = output, inputs[1].tolist()
+        tokens, active = routing.ids_TK.shape
+        room = [math.ceil(factor * tokens * active / len(routing.counts_E))] * len(routing.counts_E)
+        kept_TK = torch.zeros(tokens, active)
+        for token in sorted(range(tokens), key=lambda token: not valid[token]):
+            for choice, expert in enumerate(routing.ids_TK[token].tolist()):
+                kept_TK[token, choice] = room[expert] > 0
+                room[expert] -= 1
+        dropped.append(int((kept_TK[inputs[1]] == 0).sum()))
+        return routing._replace(weights_TK=routing.weights_TK * kept_TK), statistics
+
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(drop)
+    return dropped
 
 
 def force_router(model, experts: list[int]) -> None:

@@ -29,6 +29,9 @@ REFERENCES = {
     "not clipped": {"stage": 0, "steps": FEW, "clip": 0},
     "step routing": {"stage": 0, "steps": FEW, "pool": 3},
     "forced": {"stage": 0, "steps": FEW, "router": [[0, 1]]},
+    # As many microbatches as ranks, because a capacity is that of a rank's microbatch.
+    "capacity": {"stage": 0, "steps": FEW, "capacity": 0.8, "accumulation": 2},
+    "capacity of 2 microbatches": {"stage": 0, "steps": FEW, "capacity": 1.0, "accumulation": 4},
 }
 # name -> ranks, what it must equal, layout; 2 ranks that share nothing are in test_layouts.py
 LAYOUTS = {
@@ -45,6 +48,7 @@ LAYOUTS = {
         (2, "recompute", "few", {"checkpointing": True}),
         (4, "recompute, stage 3", "few", {"stage": 3, "checkpointing": True}),
         (2, "offload", "few", {"offload": "optimizer"}),
+        (2, "offload, stage 1", "few", {"stage": 1, "offload": "optimizer"}),
         (4, "offload, stage 3", "few", {"stage": 3, "offload": "optimizer"}),
         (2, "uneven rows", "few", {"rows": [3, 1]}),
         (2, "uneven rows, stage 3", "few", {"stage": 3, "rows": [1, 3]}),
@@ -56,6 +60,11 @@ LAYOUTS = {
         # All rows to the experts of one rank; those of the other have none.
         (2, "forced router", "forced", {"router": [[0, 1], [0, 1]]}),
         (2, "forced router, stage 3", "forced", {"stage": 3, "router": [[0, 1], [0, 1]]}),
+        *((2, f"capacity, stage {n}", "capacity", {"stage": n, "capacity": 0.8}) for n in range(4)),
+        (2, "capacity, recompute", "capacity", {"stage": 3, "capacity": 0.8, "checkpointing": True}),
+        (2, "capacity, 2 microbatches", "capacity of 2 microbatches", {"capacity": 1.0, "accumulation": 2}),
+        (2, "capacity for all", "few", {"capacity": 4.0}),
+        (2, "no capacity", "few", {}),
     )
 }  # fmt: skip
 BF16 = {
@@ -98,6 +107,22 @@ def test_shared_experts_equal_whole_banks(references, results, name):
     assert torch.equal(found["load"], expected["load"])
 
 
+@pytest.mark.parametrize("name", [name for name, (_, _, layout) in LAYOUTS.items() if "capacity" in layout])
+def test_drops_are_counted(references, results, name):
+    """Of the choices of real tokens, of which a step has 74 with 2 in each of 2 layers."""
+    found, (_, reference, _) = results[name]["sums"], LAYOUTS[name]
+    assert found["router/dropped_share count"] == 2 * 2 * 74
+    expected = references[reference]["sums"].get("router/dropped_share", 0)
+    assert found["router/dropped_share"] == expected and (expected > 4 or reference == "few")
+
+
+def test_a_capacity_for_all_changes_no_bit(results):
+    found, expected = (results[f"2 ranks, 2 share, {name}"] for name in ("capacity for all", "no capacity"))
+    for key in ("weights", "gradients"):
+        assert all(torch.equal(found[key][name], tensor) for name, tensor in expected[key].items())
+    assert found["losses"] == expected["losses"] and "router/dropped_share" not in expected["sums"]
+
+
 @pytest.mark.parametrize("name", BF16)
 def test_bf16_follows_fp32(references, results, name):
     found = results[name]["losses"]
@@ -128,6 +153,18 @@ def test_resume_and_change_who_shares(tmp_path, stage):
         found, expected = losses(part), losses(whole)
         assert found.keys() == expected.keys()
         assert [*found.values()] == pytest.approx([*expected.values()], rel=1e-5), (ranks, size)
+
+
+def test_a_run_with_a_capacity_logs_its_drops(tmp_path):
+    """Of a capacity in a YAML file; half of the even share is too little."""
+    data = write_rows(tmp_path / "rows.jsonl")
+    (tmp_path / "run.yaml").write_text("capacity_factor: 0.5\n")
+    flags = (*RUN, "--expert-parallel-size", "2", "--config", str(tmp_path / "run.yaml"))
+    directory, text = run(data, tmp_path / "out", *flags, world_size=2)
+    assert "shared by groups of 2 ranks, capacity factor 0.5" in text
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    shares = [line["router/dropped_share"] for line in lines if "loss" in line]
+    assert len(shares) == 4 and all(0.1 < share < 1 for share in shares)
 
 
 def test_weights_go_to_every_placement_and_back(tmp_path):

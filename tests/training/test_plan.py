@@ -140,6 +140,12 @@ def test_streamed_experts_fill_their_budget():
             {"placement": "resident", "expert_parallel_size": 3, "world_size": 4},
             ("--expert-parallel-size 3", "8 experts and 4 ranks", "use 2 or 4"),
         ),
+        ({"capacity_factor": 1.5}, ("--capacity-factor 1.5", "streamed", "--placement resident")),
+        (
+            {"placement": "resident", "capacity_factor": 1.5, "world_size": 2},
+            ("--capacity-factor 1.5", "use --expert-parallel-size with 2"),
+        ),
+        ({"capacity_factor": 0}, ("--capacity-factor must be at least 0.01",)),
         (
             {"placement": "auto", "deepspeed_config": "cpu_zero3", "expert_vram": "1GB"},
             ("--expert-vram 1GB", "zero3", "--placement streamed"),

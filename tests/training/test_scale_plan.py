@@ -207,6 +207,7 @@ def test_what_is_compared():
     assert sizes(6, placement="resident") == ([1, 2, 3, 6], [0, 1, 2, 3] * 4)
     assert sizes(8, placement="streamed") == ([], [1, 2, 3])
     assert sizes(1) == ([1], [2, 1, 2, 3])
+    assert sizes(4, capacity_factor=1.5) == ([2, 4], [0, 1, 2, 3] * 2)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +223,8 @@ def test_what_is_compared():
         ({"expert_parallel_size": 7}, ("--expert-parallel-size 7", "64 experts and 64 ranks", "use 4 or 8")),
         ({"expert_parallel_size": 8, "placement": "streamed"}, ("size 8 has no effect", "--placement resident")),
         ({"expert_vram": "1GB", "placement": "resident"}, ("--expert-vram 1GB", "--placement streamed")),
+        ({"expert_parallel_size": 1, "capacity_factor": 1.5}, ("--capacity-factor 1.5", "more --gpus")),
+        ({"capacity_factor": 1.5, "placement": "streamed"}, ("factor 1.5 has no effect", "--placement resident")),
     ],
 )  # fmt: skip
 def test_what_is_not_planned_for_is_one_line(arguments, words):
