@@ -103,6 +103,11 @@ def check_stage(
             "--stage cache leaves the model as it is, and --use-neural-memory would add a memory that learns "
             "nothing: train a model with it first, or add --cache-joint"
         )
+    if config.tree and not given.tree:
+        raise UserError(
+            "--stage cache trains no value head, so --use-tree-of-thoughts would add one that learns nothing: "
+            "train it in stage base, or leave it out"
+        )
     if placement == "streamed" and args.cache_joint:
         raise UserError(
             "--cache-joint passes through the model twice a microbatch, and streamed experts would be updated "
