@@ -92,8 +92,6 @@ def check_stage(
                 "first without it, then --stage cache --init-from its run"
             )
         return
-    if not config.cache:
-        raise UserError("--stage cache trains a coprocessor: add --use-cache-augmentation")
     if config.cache["retrieval_factor"] == 0:
         raise UserError("--retrieval-factor 0 takes the latents away, so nothing can be learnt: use 1")
     if not (is_trained or args.cache_joint):

@@ -215,7 +215,6 @@ def with_head():
 @pytest.mark.parametrize(
     ("config", "args", "more", "message"),
     [
-        (preset_config("tiny"), {"stage": "cache"}, {}, "--stage cache .*: add --use-cache-augmentation"),
         (
             config_with(),
             {},
