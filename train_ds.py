@@ -87,7 +87,7 @@ def asked_components(run: RunArguments, config) -> dict:
     from training.components import COMPONENTS, from_arguments, refuse_idle_flags
 
     for name in COMPONENTS:
-        refuse_idle_flags(name, getattr(run, name), config, run.training)
+        refuse_idle_flags(name, getattr(run, name), run.training)
     return {
         name: from_arguments(name, getattr(run, name), config)
         for name, (flag, _) in COMPONENTS.items()

@@ -15,6 +15,7 @@ as many steps and as many latents:
     lora     a low-rank update of the model as coprocessor; the model frozen
     copy     a copy of the model as coprocessor; the model frozen
     joint    the light coprocessor; the model is trained with it
+    silent   the light coprocessor, which learns from the ahead tokens alone, without the readout; the model frozen
 
 Accuracy is of the value after a prompt, computed as in generation: `near` if the key stood within the window,
 `far` if it last stood further back than two layers can pass anything on, `far, 4x` for prompts four times as long.
@@ -39,10 +40,11 @@ from model import PragnosiaConfig, PragnosiaForCausalLM
 from model.components import CacheConfig
 from training.cache_stage import with_traces
 from training.schedule import learning_rate_factor
+from training.step import count_targets
 from training.weights import fill, initial_weights, model_weights
 
 WINDOW, LAYERS = 8, 2
-ARMS = ("pause", "soft", "light", "lora", "copy", "joint")
+ARMS = ("pause", "soft", "light", "lora", "copy", "joint", "silent")
 TRAINS_MODEL = ("soft", "joint")
 GATES = {"far": 0.95, "near": 0.98}
 RATE, ROWS, PROMPTS = 2e-3, 32, 512
@@ -112,7 +114,9 @@ def build(
     return model.to(device)
 
 
-def train(model: PragnosiaForCausalLM, task: Task, steps: int, seed: int) -> float:
+def train(
+    model: PragnosiaForCausalLM, task: Task, steps: int, seed: int, *, has_readout: bool = True
+) -> float:
     """AdamW on fresh rows every step; returns the seconds."""
     started, generator = time.perf_counter(), torch.Generator().manual_seed(seed)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -124,7 +128,8 @@ def train(model: PragnosiaForCausalLM, task: Task, steps: int, seed: int) -> flo
         batch = task.batch(generator)
         if model.cache is not None:
             batch = with_traces(batch, model.cache.settings, step)
-        model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).loss.backward()
+        output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+        (output.loss if has_readout else output.loss_sum / count_targets(batch)).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -174,10 +179,10 @@ def run(task: Task, arms: list[str], latents: int, seed: int, device: str) -> li
     for arm in arms:
         cache = CacheConfig(
             64, num_heads=4, dropout=0.0, num_latents=latents, num_ahead_tokens=4, num_traces=8,
-            coprocessor="light" if arm == "joint" else arm,
+            coprocessor="light" if arm in ("joint", "silent") else arm,
         )  # fmt: skip
         model = build(task, cache, model_weights(base, fresh), device, arm)
-        seconds = train(model, task, task.steps, seed + 1)
+        seconds = train(model, task, task.steps, seed + 1, has_readout=arm != "silent")
         row = {"arm": arm, **shared, "steps": task.steps, **accuracies(model, task)}
         row["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         row["seconds"] = seconds

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel, initialization
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import ModelOutput
 
@@ -146,23 +146,30 @@ class PragnosiaPreTrainedModel(PreTrainedModel):
     def post_init(self) -> None:
         # By name: a component without parameters of its own never meets `_init_weights`.
         self.silent = {module for name, module in self.named_modules() if name.endswith("out_proj")}
+        memories = [module for module in self.modules() if isinstance(module, NeuralMemory)]
+        self.begins_as = {memory.k_proj: memory.q_proj for memory in memories}
         super().post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Norms 1; matrices normal with `initializer_range`; counts, biases and what components end in 0."""
+        """Norms 1; matrices normal with `initializer_range`; counts, biases and what components end in 0. Keys and
+        convolutions of memories as in `model/memory.py`."""
         if isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, nn.Linear | nn.Embedding | Router | ExpertPage):
             for name, parameter in module.named_parameters(recurse=False):
                 if name == "bias" or module in self.silent:
                     nn.init.zeros_(parameter)
+                elif module in self.begins_as:
+                    initialization.copy_(parameter, self.begins_as[module].weight)
                 else:
                     nn.init.normal_(parameter, std=self.config.initializer_range)
             for count in module.buffers(recurse=False):
                 nn.init.zeros_(count)
-        elif isinstance(module, ShortConvolution):
-            nn.init.normal_(module.weight, std=module.taps**-0.5)
+        elif (
+            isinstance(module, ShortConvolution) and module.weight.dim() > 1
+        ):  # a partitioned one is filled later
+            initialization.copy_(module.weight, module.first_weight(module.weight.shape))
 
 
 class PragnosiaModel(PragnosiaPreTrainedModel):

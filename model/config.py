@@ -115,9 +115,12 @@ class PragnosiaConfig(PretrainedConfig):
 
     def num_params(self) -> int:
         """All parameters of the model."""
-        coprocessor = CacheConfig(**self.cache).num_params(self) if self.cache else 0
         experts = self.num_hidden_layers * self.num_experts * self.expert_params()
-        return self._dense_params() + experts + coprocessor
+        return self._dense_params() + experts + self.coprocessor_params()
+
+    def coprocessor_params(self) -> int:
+        """Parameters of the coprocessor."""
+        return CacheConfig(**self.cache).num_params(self) if self.cache else 0
 
     def active_params(self) -> int:
         """Parameters that one token meets."""

@@ -42,6 +42,13 @@ class ShortConvolution(nn.Module):
         self.taps = taps  # a partitioned weight has no shape
         self.weight = nn.Parameter(torch.empty(channels, taps))
 
+    @staticmethod
+    def first_weight(shape: torch.Size) -> Tensor:
+        """The weight before training: a token, and half of the one before it."""
+        weight_DK = torch.zeros(shape)
+        weight_DK[:, -2:] = torch.tensor([0.5, 1.0])[-shape[1] :]
+        return weight_DK
+
     def forward(self, x_BSD: Tensor, tail_BSD: Tensor, segment_BS: Tensor) -> tuple[Tensor, Tensor]:
         """The convolved channels, and the tail for what comes next.
 
@@ -70,7 +77,12 @@ class ShortConvolution(nn.Module):
 
 
 class NeuralMemory(nn.Module):
-    """The memory of one layer; its output is added to attention's, and is 0 until `out_proj` is trained."""
+    """The memory of one layer; its output is added to attention's, and is 0 until `out_proj` is trained.
+
+    `k_proj` begins as `q_proj`, and a key holds half of the token before its own. So from the first step a token
+    finds what followed an earlier token like it (the structured start of arXiv 2410.11135); drawn apart, keys and
+    queries have nothing in common, and some first weights never learn to recall.
+    """
 
     def __init__(self, config: PragnosiaConfig, layer_idx: int):
         super().__init__()

@@ -92,8 +92,6 @@ def check_stage(
                 "first without it, then --stage cache --init-from its run"
             )
         return
-    if not config.cache:
-        raise UserError("--stage cache trains a coprocessor: add --use-cache-augmentation")
     if config.cache["retrieval_factor"] == 0:
         raise UserError("--retrieval-factor 0 takes the latents away, so nothing can be learnt: use 1")
     if not (is_trained or args.cache_joint):
@@ -102,6 +100,11 @@ def check_stage(
         raise UserError(
             "--stage cache leaves the model as it is, and --use-neural-memory would add a memory that learns "
             "nothing: train a model with it first, or add --cache-joint"
+        )
+    if config.tree and not given.tree:
+        raise UserError(
+            "--stage cache trains no value head, so --use-tree-of-thoughts would add one that learns nothing: "
+            "train it in stage base, or leave it out"
         )
     if placement == "streamed" and args.cache_joint:
         raise UserError(

@@ -27,24 +27,40 @@ SHAPES = (
 )  # fmt: skip
 
 
-def refuse_idle_flags(
-    name: str, arguments: Checked, config: PragnosiaConfig, args: TrainingArguments
-) -> None:
-    """Raises UserError for a component's flags where neither the run nor its model has that component, and for
-    those of another coprocessor.
+# Flags that a kind of coprocessor does not use.
+OF_LIGHT = ("coprocessor_layers", "cache_num_heads")
+UNUSED = {
+    "light": (), "copy": OF_LIGHT, "lora": OF_LIGHT, "soft": OF_LIGHT,
+    "pause": (*OF_LIGHT, "cache_dropout", "max_cache_length"),
+}  # fmt: skip
+
+
+def refuse_idle_flags(name: str, arguments: Checked, args: TrainingArguments) -> None:
+    """Raises UserError for a component's flags that change nothing: where the run does not ask for the component,
+    where its coprocessor does not use them, and where the run's stage does not train what they are for.
     """
     use, _ = COMPONENTS[name]
     default = type(arguments)()
-    idle = [
-        field for field in fields(arguments) if getattr(arguments, field.name) != getattr(default, field.name)
-    ]
-    if idle and not getattr(args, use) and not getattr(config, name):
-        raise UserError(f"{flag_of(idle[0])} has no effect without --{use.replace('_', '-')}")
-    of_light = [field for field in idle if field.name in ("coprocessor_layers", "cache_num_heads")]
-    if of_light:
-        kind = arguments.coprocessor if getattr(args, use) else config.cache["coprocessor"]
-        if kind != "light":
-            raise UserError(f"{flag_of(of_light[0])} has no effect on --coprocessor {kind}")
+    changed = {
+        field.name: flag_of(field)
+        for field in fields(arguments)
+        if getattr(arguments, field.name) != getattr(default, field.name)
+    }
+    if changed and not getattr(args, use):
+        raise UserError(f"{next(iter(changed.values()))} has no effect without --{use.replace('_', '-')}")
+    idle: dict[str, str] = {}  # field -> why
+    if args.stage == "cache":
+        idle["value_loss_weight"] = "in --stage cache, which trains no value head: leave it out"
+        if not args.cache_joint:
+            idle["memory_dropout"] = "on a model that stays as it is: leave it out, or add --cache-joint"
+    else:
+        idle |= dict.fromkeys(("num_traces", "num_ahead_tokens", "cache_dropout"), "without --stage cache")
+    if name == "cache":
+        kind = arguments.coprocessor
+        idle |= dict.fromkeys(UNUSED[kind], f"on --coprocessor {kind}: leave it out")
+    for field, reason in idle.items():
+        if field in changed:
+            raise UserError(f"{changed[field]} has no effect {reason}")
 
 
 def from_arguments(name: str, arguments: Checked, config: PragnosiaConfig):
@@ -121,6 +137,10 @@ def own_answers(
     """
     trains_head = has_labelled_steps(config, args)
     has_labels = any(line.get("steps", 0) != 0 for line in data.report)  # None: a stream, not counted
+    if args.value_refresh and args.stage == "cache":
+        raise UserError(
+            "--value-refresh has no effect in --stage cache, which trains no value head: leave it out"
+        )
     if args.value_refresh and not trains_head:
         raise UserError("--value-refresh needs a value head to train: add --use-tree-of-thoughts")
     if args.use_tree_of_thoughts and trains_head and not has_labels:

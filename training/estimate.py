@@ -43,6 +43,74 @@ def memory_bytes(config: PragnosiaConfig, weight: int) -> float:
     return memory["memory_size"] * (22 * weight + 76 + 20 * memory["chunk_size"] / memory["head_dim"])
 
 
+@dataclass(frozen=True)
+class Pass:
+    """A pass through the layers that backward goes through too, a row: the tokens that it computes, the entries of
+    a cache that it sees besides, and whether the layers learn; readers: tokens more that memories go over."""
+
+    tokens: int
+    entries: int = 0
+    learns: bool = True
+    readers: int = 0
+
+
+def passes_of(config: PragnosiaConfig, length: int, stage: str, joint: bool) -> list[Pass]:
+    """In stage base rows of that length. In stage cache the traces of a row, each with its latents and the tokens
+    after them; the queries of a coprocessor that is a model; and, jointly, the rows too."""
+    if stage == "base":
+        return [Pass(length)]
+    traces, latents, kind = (config.cache[name] for name in ("num_traces", "num_latents", "coprocessor"))
+    passes = [Pass(traces * (latents + config.cache["num_ahead_tokens"]), length, joint)]
+    if kind in ("copy", "lora", "soft"):
+        passes.append(Pass(traces * latents, length, joint or kind == "copy"))
+    if joint:
+        passes.append(Pass(length, readers=traces * config.memory["head_dim"] if config.memory else 0))
+    return passes
+
+
+def activation_bytes(
+    config: PragnosiaConfig, passes: list[Pass], weight: int, placement: str, checkpointing: bool
+) -> float:
+    """What the passes of a row leave for backward in the layers; frozen ones keep no inputs of products."""
+    width, queries = config.hidden_size, config.num_attention_heads * config.head_dim
+    heads = queries + config.num_key_value_heads * config.head_dim
+    layers = []
+    for each in passes:
+        # The residual stream and its norms; queries, keys and values as projected, normed and turned, and the
+        # output. A page is recomputed from its rows; a resident bank keeps what is inside its experts as well.
+        a_token = (3 + each.learns) * (width + heads)
+        inside = (3 + each.learns) * config.moe_intermediate_size if placement == "resident" else 0
+        if placement != "streamed":
+            a_token += config.num_experts_per_tok * (inside + (3 if each.learns else 1) * width)
+        layers.append(each.tokens * a_token)
+        if each.entries:  # keys and values of a cache for every query head, and the mask
+            layers[-1] += 2 * queries * each.entries + each.tokens * (each.entries + each.tokens)
+    seen = [each.tokens + each.readers for each in passes]
+    memory = memory_bytes(config, weight) if config.memory else 0.0
+    if not checkpointing:
+        memory *= len(config.memory_layers())
+        return weight * config.num_hidden_layers * sum(layers) + memory * sum(seen)
+    kept = 2 * width * config.num_hidden_layers * sum(each.tokens for each in passes)
+    return weight * (kept + max(layers)) + memory * max(seen)
+
+
+def coprocessor_bytes(config: PragnosiaConfig, weight: int, length: int) -> float:
+    """What a row leaves in stage cache besides its passes: its cache; two states of each memory at each trace, as
+    read and as gone on from; and what a light coprocessor read."""
+    cache, width = config.cache, config.hidden_size
+    entries = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    kept = weight * length * entries
+    if config.memory:
+        state = 4 * config.memory["memory_size"] * config.memory["head_dim"]
+        kept += 4 * state * cache["num_traces"] * len(config.memory_layers())
+    if cache["coprocessor"] == "light":
+        latents, depth = cache["num_traces"] * cache["num_latents"], cache["coprocessor_layers"]
+        # Entries joined and projected, then keys and values; latents through attention and a feed-forward.
+        kept += weight * length * (entries + 3 * width + depth * (4 * width + latents))
+        kept += weight * latents * depth * 15 * width
+    return kept
+
+
 def estimate(
     config: PragnosiaConfig,
     ds_config: dict,
@@ -56,47 +124,45 @@ def estimate(
     world_size: int,
     stream: StreamPlan | None = None,
     expert_parallel: int = 1,
+    stage: str = "base",
+    joint: bool = False,
 ) -> MemoryEstimate:
     """Weights, gradients, AdamW state and activations under a placement and a ZeRO stage.
 
     A weight in training takes 2 bytes, its gradient 2, master copy and moments 12 (fp32 throughout: 4, 4, 8).
     ZeRO divides state from stage 1, gradients from 2, weights from 3 by the ranks. Of the experts a rank of an
     expert-parallel group has one part in `expert_parallel`, which ZeRO divides by the world_size /
-    expert_parallel ranks that have the same part. Activations are those of an even load.
+    expert_parallel ranks that have the same part. What is frozen has no gradient and no state: a coprocessor in
+    stage base, and all else in stage cache unless `joint`. Activations are those of an even load.
     """
     weight, state = (4, 8) if precision == "fp32" else (2, 12)
     zero = ds_config["zero_optimization"]
     experts = config.num_hidden_layers * config.num_experts * config.expert_params()
-    stage, parameters = zero["stage"], config.num_params()
+    zero_stage, parameters, coprocessor = zero["stage"], config.num_params(), config.coprocessor_params()
     if stream is not None:
         parameters -= experts
     local = parameters - experts * (1 - 1 / expert_parallel)
+    frozen = coprocessor if stage == "base" else 0 if joint else parameters - coprocessor
     # A part of the experts over the ranks that have the same part is a part over all ranks.
-    on_rank = [parameters / world_size if stage >= needed else local for needed in (3, 2, 1)]
     weights, gradients, states = (
-        count * size for count, size in zip(on_rank, (weight, weight, state), strict=True)
+        ((parameters - without) / world_size if zero_stage >= needed else local - without) * size
+        for needed, without, size in ((3, 0, weight), (2, frozen, weight), (1, frozen, state))
     )
-    tokens = micro_batch_size * max_length
-    width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
-    heads += config.num_key_value_heads * config.head_dim
-    # A page is recomputed in backward from its rows; a resident bank keeps what is inside its experts as well.
-    inside = 4 * config.moe_intermediate_size if placement == "resident" else 0
-    routed = config.num_experts_per_tok * (inside + 3 * width) if stream is None else 0
-    # The residual stream and its norms; queries, keys and values as projected, normed and turned, and the output.
-    layer = tokens * weight * (4 * width + 4 * heads + routed)
-    kept = tokens * weight * 2 * width if checkpointing else layer
-    activations = kept * config.num_hidden_layers + (layer if checkpointing else 0)
-    if config.memory:
-        kept_layers = 1 if checkpointing else len(config.memory_layers())
-        activations += tokens * memory_bytes(config, weight) * kept_layers
+    width, cache = config.hidden_size, config.cache
+    passes = passes_of(config, max_length, stage, joint)
+    activations = micro_batch_size * activation_bytes(config, passes, weight, placement, checkpointing)
+    tokens = targets = micro_batch_size * max(each.tokens for each in passes)
+    if stage == "cache":
+        activations += micro_batch_size * coprocessor_bytes(config, weight, max_length)
+        targets = micro_batch_size * cache["num_traces"] * cache["num_ahead_tokens"]
     # A chunk of logits in fp32 and rounded; the gradient of the head, in fp32 where chunks add up.
     activations += config.vocab_size * (
-        min(tokens, LOSS_CHUNK) * (4 + weight) + width * (weight + 4 * (tokens > LOSS_CHUNK))
+        min(targets, LOSS_CHUNK) * (4 + weight) + width * (weight + 4 * (targets > LOSS_CHUNK))
     )
     # In the update DeepSpeed holds the gradients flat and once more in fp32, when activations are gone.
-    peak = max(activations, 0 if precision == "fp32" else 6 * on_rank[2])
+    peak = max(activations, 0 if precision == "fp32" else 6 * states / state)
     working = 0.0
-    if stage == 3:
+    if zero_stage == 3:
         # On the device: what is fetched at once, and one gradient bucket. A resident bank is fetched whole.
         bank = experts / config.num_hidden_layers / expert_parallel if placement == "resident" else 0
         live = zero.get("stage3_max_live_parameters", 1e9) + zero.get("stage3_prefetch_bucket_size", 5e7)
@@ -114,7 +180,7 @@ def estimate(
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         # Gradients leave through two buckets as they come.
         host = 1.5e9 + stream_host + states + gradients
-        in_host = stream is not None and stage == 3  # then the weights too
+        in_host = stream is not None and zero_stage == 3  # then the weights too
         working += 0 if in_host else weights + 2 * weight * zero.get("reduce_bucket_size", 5e8)
         return MemoryEstimate(WORKSPACE + working + activations + stream_device, host + in_host * weights)
     working = working if stream is None else 0.0

@@ -159,6 +159,8 @@ def make_plan(
             world_size=world_size,
             stream=stream,
             expert_parallel=expert_parallel,
+            stage=args.stage,
+            joint=args.cache_joint,
         )
         return Plan(
             config, device, deepspeed_config.precision_of(ds_config), placement, page_size, stream,
@@ -209,6 +211,8 @@ def check_model(config: PragnosiaConfig, args: TrainingArguments) -> None:
             "--export-format qwen3_moe: a Qwen3-MoE router has no bias; leave it out"
             + ("" if config.router_bias else ", or use --load-balance aux")
         )
+    if args.stage == "cache" and not config.cache:
+        raise UserError("--stage cache trains a coprocessor: add --use-cache-augmentation")
     try:
         config.check_components()
     except ValueError as error:
@@ -282,7 +286,9 @@ def plan_stream(
             f"use --expert-vram {least}MB" + (" or a smaller --expert-page-size" if page > 1 else "")
         )
     values = config.num_hidden_layers * config.num_experts * config.expert_params()
-    host = values / world_size * bytes_per_value(state, precision, sizes["accumulate"])
+    frozen = args.stage == "cache"
+    value = bytes_per_value(state, precision, sizes["accumulate"])
+    host = values / world_size * ((4 if precision == "fp32" else 2) if frozen else value)
     plan = StreamPlan(*chosen, state, device_bytes(config, *chosen, **sizes), host)
     return plan_disk(plan, config, args, world_size) if args.expert_store == "nvme" else plan
 

@@ -317,6 +317,8 @@ def forecast(
         world_size=cluster.gpus,
         stream=stream,
         expert_parallel=combination.expert_parallel,
+        stage=args.stage,
+        joint=args.cache_joint,
     )
     tokens = args.per_device_train_batch_size * max_length
     compute = compute_time(config, args, cluster, max_length, streamed=stream is not None)

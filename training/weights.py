@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from experts import canonical
 from experts.placement import Placement, ordinary_placement
+from model.memory import ShortConvolution
 from training.config import UserError
 
 SHARD_BYTES = 2 << 30
@@ -39,7 +40,8 @@ def initial_weights(seed: int, std: float) -> Source:
     """Norms 1, matrices normal: each matrix, and each expert of a bank, from its own generator.
 
     Biases and the projections by which components add to the residual stream, `out_proj`, are 0: a new component
-    changes nothing until it is trained. Convolutions over t tokens have variance 1/t.
+    changes nothing until it is trained. A memory's keys begin as its queries, and its convolution with half of the
+    token before (see `model/memory.py`).
     """
 
     def draw(key: str, shape: torch.Size) -> Tensor:
@@ -53,14 +55,14 @@ def initial_weights(seed: int, std: float) -> Source:
         if name.endswith(("bias", "out_proj.weight", BIASES)):
             return torch.zeros(shape)
         if name.endswith("conv.weight"):
-            return draw(name, shape) * (shape[1] ** -0.5 / std)
+            return ShortConvolution.first_weight(shape)
         if _EXPERT.match(name):
             keys = [f"{name}/{(first or 0) + row}" for row in range(shape[0])]
             if len(keys) == 1:
                 return draw(keys[0], shape[1:])[None]
             with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # a generator draws on one core
                 return torch.stack([*pool.map(draw, keys, repeat(shape[1:]))])
-        return draw(name, shape)
+        return draw(name.replace(".memory.k_proj.", ".memory.q_proj."), shape)
 
     return source
 

@@ -47,6 +47,8 @@ def remembering(build):
         for layer in model.model.layers:
             if layer.memory is not None:
                 torch.nn.init.normal_(layer.memory.out_proj.weight, std=0.3)
+                torch.nn.init.normal_(layer.memory.k_proj.weight, std=0.3)
+                torch.nn.init.normal_(layer.memory.conv.weight, std=layer.memory.conv.taps**-0.5)
         return model
 
     return build_remembering
@@ -497,6 +499,20 @@ def test_counts_equal_the_built_module(build):
         assert config.num_params() == sum(parameter.numel() for parameter in model.parameters())
         idle = 2 * (config.num_experts - config.num_experts_per_tok) * config.expert_params()
         assert config.num_params() - config.active_params() == idle
+
+
+@pytest.mark.parametrize("drawn_by", ["transformers", "seed"])
+def test_keys_begin_as_queries_and_hold_half_of_the_token_before(build, drawn_by):
+    """So that a token finds what followed the same token; layers differ."""
+    model = build(memory=memory_config(conv_size=4))
+    if drawn_by == "seed":
+        fill(model, initial_weights(3, 0.3))
+    first, second = (layer.memory for layer in model.model.layers if layer.memory is not None)
+    assert torch.equal(first.k_proj.weight, first.q_proj.weight)
+    assert not torch.equal(first.q_proj.weight, second.q_proj.weight)
+    assert not torch.equal(first.q_proj.weight, first.v_proj.weight)
+    assert torch.equal(first.conv.weight[0], torch.tensor([0.0, 0.0, 0.5, 1.0]))
+    assert torch.equal(ShortConvolution.first_weight(torch.Size((3, 1))), torch.ones(3, 1))
 
 
 def test_saved_and_loaded_logits_are_equal_to_the_bit(remembering, tmp_path):

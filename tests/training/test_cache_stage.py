@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from data.tokenizer_asset import load_tokenizer
 from inference.generation import Sampling
 from model import PragnosiaForCausalLM
-from model.components import CacheConfig, MemoryConfig
+from model.components import CacheConfig, MemoryConfig, TreeConfig
 from model.presets import preset_config
 from tests.training import layouts as base_layouts
 from tests.training.runs import REPOSITORY, finish, run, start, write_rows
@@ -206,10 +206,15 @@ def with_memory():
     return config
 
 
+def with_head():
+    config = config_with()
+    config.tree = dataclasses.asdict(TreeConfig(128))
+    return config
+
+
 @pytest.mark.parametrize(
     ("config", "args", "more", "message"),
     [
-        (preset_config("tiny"), {"stage": "cache"}, {}, "--stage cache .*: add --use-cache-augmentation"),
         (
             config_with(),
             {},
@@ -222,6 +227,12 @@ def with_memory():
             {"stage": "cache"},
             {"given": config_with()},
             "--use-neural-memory .* or add --cache-joint",
+        ),
+        (
+            with_head(),
+            {"stage": "cache", "cache_joint": True},
+            {"given": config_with()},
+            "--use-tree-of-thoughts .*: train it in stage base, or leave it out",
         ),
         (config_with(retrieval_factor=0.0), {"stage": "cache"}, {}, "--retrieval-factor 0 .*: use 1"),
         (

@@ -61,22 +61,56 @@ def test_what_shapes_no_weights_can_be_changed_on_a_trained_model():
     assert config.tree["beam_width"] == 2
 
 
-def test_flags_of_a_component_that_is_not_there_are_refused():
-    config, args = preset_config("tiny"), MemoryArguments(memory_window=64)
-    with pytest.raises(UserError, match="--memory-window has no effect without --use-neural-memory"):
-        refuse_idle_flags("memory", args, config, TrainingArguments())
-    refuse_idle_flags("memory", args, config, TrainingArguments(use_neural_memory=True))
-    refuse_idle_flags("memory", MemoryArguments(), config, TrainingArguments())
+MEMORY, CACHE, TREE = ({use: True} for use, _ in COMPONENTS.values())
 
 
-def test_flags_of_another_coprocessor_are_refused():
-    config, args = preset_config("tiny"), TrainingArguments(use_cache_augmentation=True)
-    with pytest.raises(UserError, match="--cache-heads has no effect on --coprocessor lora"):
-        refuse_idle_flags("cache", CacheArguments(coprocessor="lora", cache_num_heads=4), config, args)
-    refuse_idle_flags("cache", CacheArguments(coprocessor_layers=3), config, args)
-    config.cache = from_arguments("cache", CacheArguments(coprocessor="copy"), config).__dict__
-    with pytest.raises(UserError, match="--coprocessor-layers has no effect on --coprocessor copy"):
-        refuse_idle_flags("cache", CacheArguments(coprocessor_layers=3), config, TrainingArguments())
+@pytest.mark.parametrize(
+    ("arguments", "args", "message"),
+    [
+        (MemoryArguments(memory_window=64), {}, "--memory-window .* without --use-neural-memory"),
+        (MemoryArguments(memory_window=64), {"use_neural_memory": False}, "without --use-neural-memory"),
+        (MemoryArguments(memory_dropout=0.2), MEMORY | {"stage": "cache"}, "or add --cache-joint"),
+        (CacheArguments(coprocessor="lora", cache_num_heads=4), CACHE, "--cache-heads .* lora: leave it out"),
+        (CacheArguments(coprocessor="copy", coprocessor_layers=3), CACHE, "--coprocessor-layers .* copy"),
+        (
+            CacheArguments(coprocessor="pause", max_cache_length=9),
+            CACHE,
+            "--max-cache-length .* pause: leave",
+        ),
+        (
+            CacheArguments(coprocessor="pause", cache_dropout=0.0),
+            CACHE | {"stage": "cache"},
+            "--cache-dropout .* pause: leave it out",
+        ),
+        (CacheArguments(num_traces=4), CACHE, "--num-traces has no effect without --stage cache"),
+        (
+            TreeArguments(value_loss_weight=1.0),
+            TREE | {"stage": "cache"},
+            "--value-loss-weight .* leave it out",
+        ),
+    ],
+)
+def test_flags_that_change_nothing_are_refused(arguments, args, message):
+    (name,) = (name for name, group in GROUPS.items() if isinstance(arguments, group))
+    with pytest.raises(UserError, match=message):
+        refuse_idle_flags(name, arguments, TrainingArguments(**args))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "args"),
+    [
+        (MemoryArguments(), {}),
+        (MemoryArguments(memory_window=64, memory_dropout=0.2), MEMORY),
+        (MemoryArguments(memory_dropout=0.2), MEMORY | {"stage": "cache", "cache_joint": True}),
+        (CacheArguments(cache_num_heads=4, max_cache_length=9), CACHE),
+        (CacheArguments(coprocessor="soft", cache_dropout=0.0, num_traces=4), CACHE | {"stage": "cache"}),
+        (CacheArguments(coprocessor="pause", retrieval_factor=2.0, num_latents=4), CACHE),
+        (TreeArguments(value_loss_weight=1.0, tree_search="best_of_n", tree_max_depth=9), TREE),
+    ],
+)
+def test_flags_that_change_something_are_taken(arguments, args):
+    (name,) = (name for name, group in GROUPS.items() if isinstance(arguments, group))
+    refuse_idle_flags(name, arguments, TrainingArguments(**args))
 
 
 def test_one_line_for_sizes_that_do_not_fit():

@@ -3,13 +3,27 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
+import torch
 
 import training.estimate
+from model import PragnosiaForCausalLM
+from model.components import CacheConfig, MemoryConfig
 from model.presets import preset_config
+from training.cache_stage import with_traces
+from training.config import TrainingArguments
 from training.deepspeed_config import DIRECTORY
-from training.estimate import MemoryEstimate, StreamPlan, estimate
+from training.engine import freeze
+from training.estimate import (
+    MemoryEstimate,
+    StreamPlan,
+    activation_bytes,
+    coprocessor_bytes,
+    estimate,
+    passes_of,
+)
 
 TIGHT = {
     "stage": 3,
@@ -115,6 +129,70 @@ def test_activations_grow_with_tokens_and_shrink_with_recompute():
 def test_within_a_tenth_of_what_was_measured(preset, rows, stage, measured):
     found = of(preset_config(preset), {"stage": stage}, micro_batch_size=rows).device / 1e9
     assert found == pytest.approx(measured, rel=0.1)
+
+
+def model_of_traces(kind, joint, has_memory, traces, length):
+    """A small model in fp32 with a coprocessor, as stage cache freezes it, and a batch of 2 rows."""
+    config = preset_config("tiny", vocab_size=64)
+    config.cache = asdict(CacheConfig(128, coprocessor=kind, num_traces=traces))
+    if has_memory:
+        config.memory = asdict(MemoryConfig(128, memory_size=128, num_memory_layers=2))
+    model = PragnosiaForCausalLM(config).train()
+    freeze(model, TrainingArguments(use_cache_augmentation=True, stage="cache", cache_joint=joint))
+    ids = torch.randint(64, (2, length))
+    places = torch.arange(length).expand(2, -1)
+    batch = {"input_ids": ids, "labels": ids, "document_ids": torch.ones_like(ids), "position_ids": places}
+    return model, with_traces(batch, model.cache.settings, "key")
+
+
+@pytest.mark.parametrize(
+    ("kind", "joint", "has_memory", "traces", "length"),
+    [
+        ("pause", False, False, 8, 128),
+        ("pause", False, False, 32, 64),
+        ("pause", False, True, 8, 128),
+        ("pause", True, True, 8, 128),
+        ("light", False, False, 4, 512),
+        ("light", True, False, 8, 128),
+        ("light", False, True, 16, 64),
+        ("soft", False, False, 8, 128),
+        ("lora", False, True, 8, 128),
+        ("copy", False, False, 8, 128),
+    ],
+)
+def test_what_traces_keep_for_backward(kind, joint, has_memory, traces, length):
+    """On a CPU, within a quarter. Without the vocabulary's part, which is small here."""
+    model, batch = model_of_traces(kind, joint, has_memory, traces, length)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**batch)
+    config = model.config
+    passes = passes_of(config, length, "cache", joint)
+    found = activation_bytes(config, passes, 4, "resident", False) + coprocessor_bytes(config, 4, length)
+    assert 2 * found == pytest.approx(sum(storage.nbytes() for storage in kept.values()), rel=0.25)
+
+
+def test_a_plan_counts_traces_and_no_state_of_a_frozen_model():
+    config = preset_config("1B")
+    config.cache = asdict(CacheConfig(config.hidden_size))
+    coprocessor = config.coprocessor_params()
+    frozen, joint = (of(config, stage="cache", joint=joint).device for joint in (False, True))
+    assert frozen - 2 * (config.num_params() - coprocessor) < 3e9 < joint - 16 * config._dense_params()
+    config.cache["num_traces"] *= 16
+    more = of(config, stage="cache").device
+    rows = 16 * 8 * 32  # what the latents and tokens of all traces are; a row in stage base has 512
+    assert more - frozen > 2 * rows * 4 * config.hidden_size * config.num_hidden_layers
+    assert of(config, stage="cache", checkpointing=True).device < more
+    resting = of(config).device - of(preset_config("1B")).device
+    assert resting == pytest.approx(2 * coprocessor)
 
 
 def test_dense_parameters_leave_the_gpu_step_by_step():

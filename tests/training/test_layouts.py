@@ -72,11 +72,10 @@ STEP_ROUTING = {  # a pool of 3 of the 8 experts, which the ranks choose togethe
 MEMORY_REFERENCE = "1 rank, memory, stage 0"
 MEMORY = {  # in one of the two layers, whose attention sees 5 tokens
     f"{ranks} rank, memory, {name}": {"ranks": ranks, "memory": 5, "steps": [0, 1, 2, 3], **layout}
-    for ranks in (1, 2)
+    for ranks, names in ((1, ("stage 0", "stage 3")), (2, ("stage 0", "stage 1", "stage 2", "stage 3")))
     for name, layout in (
-        ("stage 0", FOUR["stage 0"]),
-        ("stage 3", FOUR["stage 3"]),
-        ("zero3", {**FOUR["zero3"], "checkpointing": True}),
+        *((name, PLACED[name]) for name in names),
+        ("zero3", {**PLACED["zero3"], "checkpointing": True}),
     )
 }
 PLAIN = {"plain PyTorch": {"ranks": 1, "plain": True, "steps": list(range(20))}}

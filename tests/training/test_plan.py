@@ -12,7 +12,7 @@ import pytest
 from experts.budget import device_bytes
 from experts.host_memory import available_bytes
 from experts.nvme_store import DIRECTORY
-from model.components import MemoryConfig
+from model.components import CacheConfig, MemoryConfig
 from model.presets import preset_config
 from tests.training.runs import REPOSITORY, environment
 from training.components import COMPONENTS
@@ -49,6 +49,15 @@ def test_a_memory_counts_in_the_plan():
     assert more.memory.device - base.memory.device > 8 * 64 * 3 * 4 * 5 * 2048
     recomputed = plan_of(more.config, placement="resident", gradient_checkpointing=True)
     assert recomputed.memory.device < more.memory.device
+
+
+def test_stage_cache_needs_a_coprocessor_and_leaves_frozen_experts_without_state():
+    with pytest.raises(UserError, match=r"--stage cache .*: add --use-cache-augmentation"):
+        plan_of(stage="cache")
+    config = preset_config("tiny", cache=asdict(CacheConfig(hidden_size=128)))
+    learning, frozen = (plan_of(config, stage=stage).stream.host for stage in ("base", "cache"))
+    values = config.num_hidden_layers * config.num_experts * config.expert_params()
+    assert (learning, frozen) == (12 * values, 4 * values)
 
 
 def test_resident_experts_are_shared_by_as_many_ranks_as_can(monkeypatch):
