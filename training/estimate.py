@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 LOSS_CHUNK = 1024  # that of model/head.py
 WORKSPACE = 33.6e6  # bytes that PyTorch allocates for cuBLAS on Hopper, and at most elsewhere
+PROCESS = 2.4e9  # bytes on the host of Python, PyTorch, DeepSpeed and CUDA, as measured
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,13 @@ def estimate(
         live = max(live, config.vocab_size * width, bank)
         page = page_size * config.expert_params() if placement == "zero3" else 0
         working = weight * (min(live, local) + page + min(zero.get("reduce_bucket_size", 5e8), local))
+    # DeepSpeed has offloaded gradients in fp32 too, and rounds page-locked arrays up to powers of two: by a quarter
+    # in all, as measured.
+    locked = 1.25 if zero.get("offload_optimizer", {}).get("pin_memory") else 1.0
+    offloaded = locked * (states + gradients * 4 / weight)
+    in_host = locked * (weights + (gradients if weight == 2 else 0))  # with ZeRO-3 and its offload_param
     if placement == "zero3":
-        return MemoryEstimate(WORKSPACE + activations + working, weights + gradients + states)
+        return MemoryEstimate(WORKSPACE + activations + working, PROCESS + offloaded + in_host)
     stream_device, stream_host = (stream.device, stream.host) if stream else (0.0, 0.0)
     if stream is not None:
         # Rows of a layer on their way through its experts, and what a page holds inside of them.
@@ -178,12 +184,13 @@ def estimate(
         inside = 6 * config.moe_intermediate_size * stream.page_size / config.num_experts
         activations += rows * (2 * width + inside)
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-        # Gradients leave through two buckets as they come.
-        host = 1.5e9 + stream_host + states + gradients
-        in_host = stream is not None and zero_stage == 3  # then the weights too
-        working += 0 if in_host else weights + 2 * weight * zero.get("reduce_bucket_size", 5e8)
-        return MemoryEstimate(WORKSPACE + working + activations + stream_device, host + in_host * weights)
+        host = PROCESS + stream_host + offloaded
+        if stream is not None and zero_stage == 3:
+            host += in_host
+        else:  # gradients leave through two buckets as they come
+            working += weights + 2 * weight * zero.get("reduce_bucket_size", 5e8)
+        return MemoryEstimate(WORKSPACE + working + activations + stream_device, host)
     working = working if stream is None else 0.0
     peak = max(activations, peak) + working
     device = WORKSPACE + weights + gradients + states + peak + stream_device
-    return MemoryEstimate(device, 1.5e9 + stream_host)
+    return MemoryEstimate(device, PROCESS + stream_host)
