@@ -273,6 +273,37 @@ print(json.dumps(step(int(sys.argv[2]))))
 """
 
 
+STREAMED = {"placement": "streamed", "gradient_checkpointing": True, "expert_vram": "128MB"}
+FOUR_GB = {"expert_state": "int8", "deepspeed_config": "streamed_zero3"}
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "flags", "device_gb", "host_gb"),
+    [
+        ("350M", 1, {"deepspeed_config": "streamed_offload"}, 0.364, 4.84),
+        ("1B", 1, {"deepspeed_config": "streamed_offload"}, 0.435, 9.29),
+        ("3B", 1, {"deepspeed_config": "streamed_offload"}, 0.561, 21.7),
+        ("7B", 1, {"deepspeed_config": "streamed_offload"}, 0.995, 47.1),
+        ("13B", 4, FOUR_GB | {"expert_vram": "256MB", "gpu_memory": "4GB"}, 1.66, 64.6),
+        ("3B", 16, {"gradient_checkpointing": False, "expert_vram": None}, 6.78, 19.6),
+        ("3B", 64, {"expert_vram": None}, 6.88, 19.7),
+        ("3B", 64, {"placement": "resident", "expert_vram": None}, 64.8, 2.45),
+        ("3B", 4, {"placement": "zero3", "gradient_checkpointing": False, "expert_vram": None}, None, 80.0),
+        ("1B", 4, {"placement": "zero3", "gradient_checkpointing": False, "expert_vram": None}, None, 26.6),
+    ],
+)
+def test_memory_is_as_measured_on_a_gpu(size, rows, flags, device_gb, host_gb, monkeypatch):
+    """Peaks of runs on an NVIDIA H200, rows of 512 tokens (docs/results.md, benchmarks/results)."""
+    total = SimpleNamespace(total_memory=150e9)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _device: total)
+    args = TrainingArguments(**STREAMED | flags, per_device_train_batch_size=rows)
+    config = preset_config(size)
+    memory = make_plan(config, args, size=size, max_length=512, device="cuda", world_size=1).memory
+    assert memory.host / 1e9 == pytest.approx(host_gb, rel=0.1)
+    if device_gb:  # the windows of these JSONs of zero3 are not those that were measured
+        assert memory.device / 1e9 == pytest.approx(device_gb, rel=0.1)
+
+
 @pytest.mark.parametrize(("state", "num_experts"), [("fp32", 20), ("int8", 40)])
 def test_memory_is_as_estimated(state, num_experts):
     """Of the process, on a CPU: built without a second copy, and after a step as large as the plan says.
