@@ -28,7 +28,7 @@ REFERENCES = {
     "few": {"stage": 0, "steps": FEW},
     "not clipped": {"stage": 0, "steps": FEW, "clip": 0},
     "step routing": {"stage": 0, "steps": FEW, "pool": 3},
-    "forced": {"stage": 0, "steps": FEW, "router": [[0, 1]]},
+    "forced": {"stage": 0, "steps": STEPS, "router": [[0, 1]]},
     # As many microbatches as ranks, because a capacity is that of a rank's microbatch.
     "capacity": {"stage": 0, "steps": FEW, "capacity": 0.8, "accumulation": 2},
     "capacity of 2 microbatches": {"stage": 0, "steps": FEW, "capacity": 1.0, "accumulation": 4},
@@ -38,25 +38,25 @@ LAYOUTS = {
     f"{ranks} ranks, {size} share, stage {stage}": (
         ranks, reference, {"stage": stage, "expert_parallel": size, "steps": REFERENCES[reference]["steps"]}
     )
-    for ranks, size, reference in ((2, 2, "whole"), (4, 1, "few"), (4, 2, "whole"), (4, 4, "whole"))
+    for ranks, size, reference in ((2, 2, "whole"), (4, 1, "whole"), (4, 2, "whole"), (4, 4, "whole"))
     for stage in (0, 1, 2, 3)
 } | {
     f"{ranks} ranks, 2 share, {name}": (
-        ranks, reference, {"stage": 2, "expert_parallel": 2, "steps": FEW, **layout}
+        ranks, reference, {"stage": 2, "expert_parallel": 2, "steps": REFERENCES[reference]["steps"], **layout}
     )
     for ranks, name, reference, layout in (
         (2, "recompute", "few", {"checkpointing": True}),
         (4, "recompute, stage 3", "few", {"stage": 3, "checkpointing": True}),
-        (2, "offload", "few", {"offload": "optimizer"}),
-        (2, "offload, stage 1", "few", {"stage": 1, "offload": "optimizer"}),
-        (4, "offload, stage 3", "few", {"stage": 3, "offload": "optimizer"}),
-        (2, "uneven rows", "few", {"rows": [3, 1]}),
-        (2, "uneven rows, stage 3", "few", {"stage": 3, "rows": [1, 3]}),
+        (2, "offload", "whole", {"offload": "optimizer"}),
+        (2, "offload, stage 1", "whole", {"stage": 1, "offload": "optimizer"}),
+        (4, "offload, stage 3", "whole", {"stage": 3, "offload": "optimizer"}),
+        (2, "uneven rows", "whole", {"rows": [3, 1]}),
+        (2, "uneven rows, stage 3", "whole", {"stage": 3, "rows": [1, 3]}),
         (2, "step routing", "step routing", {"pool": 3}),
         (2, "not clipped, stage 0", "not clipped", {"stage": 0, "clip": 0}),
-        (2, "2 microbatches, stage 0", "few", {"stage": 0, "accumulation": 2}),
-        (2, "2 microbatches", "few", {"accumulation": 2}),
-        (2, "2 microbatches, stage 3", "few", {"stage": 3, "accumulation": 2}),
+        (2, "2 microbatches, stage 0", "whole", {"stage": 0, "accumulation": 2}),
+        (2, "2 microbatches", "whole", {"accumulation": 2}),
+        (2, "2 microbatches, stage 3", "whole", {"stage": 3, "accumulation": 2}),
         # All rows to the experts of one rank; those of the other have none.
         (2, "forced router", "forced", {"router": [[0, 1], [0, 1]]}),
         (2, "forced router, stage 3", "forced", {"stage": 3, "router": [[0, 1], [0, 1]]}),
