@@ -2,13 +2,15 @@
 
     python benchmarks/countdown.py                   # four numbers, 0.8M parameters; about 25 minutes on a core
     python benchmarks/countdown.py --short           # three numbers, few problems, a smaller model; seconds
+    python benchmarks/countdown.py --taught own made solutions      # what the value head learns from
 
 A step takes two of the numbers and puts their sum, difference, product or quotient in their place; the last number
 must be the target. Many first steps look alike and few can still reach it. One small model learns solutions, and
 its value head what steps are worth: those of solutions 1; wrong results, numbers that are not there and lists that
 are not what is left 0; other legal steps, at random and the model's own, 1 if an exhaustive search still reaches
-the target. Every arm then solves the same problems, which training never saw, with the same weights. tokens: what
-an arm generates for a problem.
+the target. With `--taught made` the head never sees the model's own steps, with `solutions` no wrong one at all.
+Every arm then solves the same problems, which training never saw, with the same weights. tokens: what an arm
+generates for a problem.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from benchmarks.results import DIRECTORY, goal, report
 MOST = 99  # the largest number there is a token for
 NONE = -100
 GROUP = 50  # problems searched together
+TAUGHT = ("own", "made", "solutions")  # what the value head learns from; each adds to the next
 PERIODS = (2, 3, 4, 5, 7, 10, 16, 25, 40, 64, 100, 200)  # of the waves that a number's embedding begins with
 
 
@@ -251,7 +254,7 @@ def build(setup: Setup, tokenizer: Tokenizer, seed: int):
     return model
 
 
-def train(setup: Setup, held_out: list[Problem], seed: int, device: str):
+def train(setup: Setup, held_out: list[Problem], seed: int, device: str, taught: str = "own"):
     """The trained model, its training a function of the seed.
 
     Where problems are shared, the language model learns any legal steps, since solutions would be learnt by heart.
@@ -279,7 +282,7 @@ def train(setup: Setup, held_out: list[Problem], seed: int, device: str):
                 return problem, gold
 
     for step in range(setup.steps):
-        if step >= setup.steps // 10 and step % setup.own_answers == 0:
+        if taught == "own" and step >= setup.steps // 10 and step % setup.own_answers == 0:
             asked = [fresh()[0] for _ in range(setup.rows * setup.own_answers // 10)]
             model.eval()
             sampling = Sampling(max_new_tokens=40, temperature=1.0, top_p=1.0, top_k=0, seed=step)
@@ -290,7 +293,7 @@ def train(setup: Setup, held_out: list[Problem], seed: int, device: str):
         for row in range(setup.rows):
             if row % 4 == 3 and own:
                 documents.append(rng.choice(own))
-            elif row % 2:
+            elif row % 2 and taught != "solutions":
                 problem, gold = fresh()
                 documents.append((problem, explored(rng, problem, gold), False))
             else:
@@ -377,10 +380,10 @@ def measure(
 
 
 def judged(rows: list[dict]) -> list[dict]:
-    """The goals, on means over seeds."""
+    """The goals, on means over seeds of the model whose head has learnt from its own answers."""
 
     def mean(arm: str) -> float:
-        solved = [row["solved"] for row in rows if row["arm"] == arm]
+        solved = [row["solved"] for row in rows if (row["arm"], row["taught"]) == (arm, "own")]
         return sum(solved) / len(solved)
 
     return [
@@ -408,6 +411,9 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--short", action="store_true", help="three numbers, a smaller model, four arms")
     options.add_argument("--seeds", nargs="+", type=int, default=[0])
+    options.add_argument(
+        "--taught", nargs="+", choices=TAUGHT, default=["own"], help="what the head learns from"
+    )
     options.add_argument("--steps", type=int, default=None, help="of training")
     options.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
     options.add_argument("--output", type=Path, default=DIRECTORY, help="default: benchmarks/results")
@@ -421,12 +427,13 @@ def main() -> None:
     names = ("likelihood beam 4x8", "random score 4x8", "tree 4x8 product") if args.short else None
     problems = held_out_problems(setup)
     rows = []
-    for seed in args.seeds:
-        model, tokenizer = train(setup, problems, seed, args.device)
-        size = {"seed": seed, "parameters": model.config.num_params()}
-        rows += [{**row, **size} for row in measure(model, tokenizer, problems, names)]
+    for seed, taught in itertools.product(args.seeds, args.taught):
+        model, tokenizer = train(setup, problems, seed, args.device, taught)
+        known = {"seed": seed, "taught": taught, "parameters": model.config.num_params()}
+        rows += [row | known for row in measure(model, tokenizer, problems, names)]
     name = "countdown_short" if args.short else "countdown"
-    report(args.output / f"{name}.json", rows, judged(rows), args.device)
+    goals = judged(rows) if "own" in args.taught else []
+    report(args.output / f"{name}.json", rows, goals, args.device)
 
 
 if __name__ == "__main__":

@@ -170,8 +170,8 @@ def estimate(
         live = max(live, config.vocab_size * width, bank)
         page = page_size * config.expert_params() if placement == "zero3" else 0
         working = weight * (min(live, local) + page + min(zero.get("reduce_bucket_size", 5e8), local))
-    # DeepSpeed has offloaded gradients in fp32 too, and rounds page-locked arrays up to powers of two: by a quarter
-    # in all, as measured.
+    # DeepSpeed has offloaded gradients in fp32 too, and page-locked arrays are rounded up to powers of two: by a
+    # quarter in all, as measured.
     locked = 1.25 if zero.get("offload_optimizer", {}).get("pin_memory") else 1.0
     offloaded = locked * (states + gradients * 4 / weight)
     in_host = locked * (weights + (gradients if weight == 2 else 0))  # with ZeRO-3 and its offload_param

@@ -3,10 +3,13 @@
 import json
 import random
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks import countdown
 from benchmarks.countdown import (
     NONE,
     SHORT,
@@ -96,7 +99,7 @@ def test_problems_of_the_arms_are_fixed_and_different():
 def test_goals_are_differences_of_means():
     def rows(*solved):
         return [
-            {"arm": a, "solved": s}
+            {"arm": a, "solved": s, "taught": "own"}
             for a, s in zip(("greedy", "likelihood beam 4x8", "tree 4x8 product"), solved, strict=True)
         ]
 
@@ -122,3 +125,14 @@ def test_the_short_run_meets_its_goals(tmp_path):
     assert all(goal["met"] for goal in result["goals"]) and len(result["goals"]) == 2
     assert arms["greedy"]["tokens"] == 17 and arms["tree 4x8 product"]["tokens"] > 100
     assert "| arm | solved | tokens |" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("taught", "values"), [("made", {0, 1}), ("solutions", {1})])
+def test_what_the_head_is_taught(monkeypatch, taught, values):
+    """Of problems that are not shared, whose solutions are all right."""
+    seen, made = [], countdown.batch_of
+    monkeypatch.setattr(countdown, "batch_of", lambda *rows: seen.append(made(*rows)) or seen[-1])
+    setup = replace(SHORT, is_shared=False, steps=20, own_answers=5)
+    countdown.train(setup, held_out_problems(setup), 0, "cpu", taught)
+    assert set(torch.cat([batch["value_labels"].flatten() for batch in seen]).tolist()) - {NONE} == values
