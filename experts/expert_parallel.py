@@ -116,7 +116,7 @@ class ExpertParallelBank(AutoEPMoELayer):
     def capacity(self, tokens: int) -> int:
         """How many choices an expert takes of so many tokens: its even share, with pools that in the pool, times
         the factor, rounded up."""
-        return math.ceil(self.capacity_factor * tokens * self.num_active / self.num_choices)
+        return math.ceil(round(self.capacity_factor * tokens * self.num_active / self.num_choices, 6))
 
     def forward(self, hidden_TD: Tensor, routing: Routing) -> Tensor:
         """The experts' weighted sum, [T, D]; collective over the group, whatever its ranks' numbers of tokens.

@@ -79,6 +79,13 @@ def available_bytes() -> int:
     return free
 
 
+def resident_bytes() -> int:
+    """Host memory that this process has now."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
 @contextlib.contextmanager
 def near(device: torch.device) -> Iterator[None]:
     """Memory touched first in here lies on the GPU's NUMA node, where the system says which that is."""

@@ -145,9 +145,8 @@ class BankStore:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - no dictionary
                     saved, width = file.get_slice(name), rows[name].shape[1]
-                    saved_width = saved.get_shape()[
-                        1
-                    ]  # each rank has all of the updates, and its slice of the rest
+                    saved_width = saved.get_shape()[1]
+                    # Each rank has all of the updates, and its slice of the rest.
                     place = 0 if name == "updates" else part * saved_width - self.layout.rank * width
                     start, stop = max(place, 0), min(place + saved_width, width)
                     if start < stop:

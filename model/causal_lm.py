@@ -36,8 +36,8 @@ class CausalLMOutput(ModelOutput):
     balance_loss, z_loss: this batch's auxiliary losses, a mean over real tokens and layers, without coefficients.
     router_entropy: mean over real tokens and layers, nats. load_LE: rows of real tokens, a layer and expert.
     logits: [B, S or logits_to_keep, V], only when no labels are given. step_values: fp32 [B, the same], those of
-    the value head, only when they are asked for. component_sums: what a component or a
-    capacity reports, name -> fp32 [2] without gradient: a sum, and the count that makes it a mean.
+    the value head, only when they are asked for. component_sums: what a component or a capacity reports, name ->
+    fp32 [2] without gradient: a sum, and the count that makes it a mean.
     """
 
     loss: Tensor | None = None
@@ -166,9 +166,7 @@ class PragnosiaPreTrainedModel(PreTrainedModel):
                     nn.init.normal_(parameter, std=self.config.initializer_range)
             for count in module.buffers(recurse=False):
                 nn.init.zeros_(count)
-        elif (
-            isinstance(module, ShortConvolution) and module.weight.dim() > 1
-        ):  # a partitioned one is filled later
+        elif isinstance(module, ShortConvolution) and module.weight.dim() > 1:  # not partitioned
             initialization.copy_(module.weight, module.first_weight(module.weight.shape))
 
 

@@ -79,7 +79,7 @@ class ShortConvolution(nn.Module):
 class NeuralMemory(nn.Module):
     """The memory of one layer; its output is added to attention's, and is 0 until `out_proj` is trained.
 
-    `k_proj` begins as `q_proj`, and a key holds half of the token before its own. So from the first step a token
+    `k_proj` begins as `q_proj`, and the convolution adds half of the token before. So from the first step a token
     finds what followed an earlier token like it (the structured start of arXiv 2410.11135); drawn apart, keys and
     queries have nothing in common, and some first weights never learn to recall.
     """

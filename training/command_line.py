@@ -97,7 +97,7 @@ def _dashed(word: str) -> str:
 
 def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
     """Adds a flag for each field of a settings dataclass; flags not given leave nothing in the namespace."""
-    group = parser.add_argument_group((settings.__doc__ or settings.__name__).split(".")[0])
+    group = parser.add_argument_group((settings.__doc__ or settings.__name__).splitlines()[0].rstrip("."))
     hints = typing.get_type_hints(settings)
     for field in dataclasses.fields(settings):
         help_text = field.metadata["help"]

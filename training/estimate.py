@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 LOSS_CHUNK = 1024  # that of model/head.py
 WORKSPACE = 33.6e6  # bytes that PyTorch allocates for cuBLAS on Hopper, and at most elsewhere
-PROCESS = 2.4e9  # bytes on the host of Python, PyTorch, DeepSpeed and CUDA, as measured
+# Bytes on the host of Python, PyTorch and DeepSpeed, with CUDA and without, as measured.
+PROCESS, CPU_PROCESS = 2.4e9, 1.1e9
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ def estimate(
     expert_parallel: int = 1,
     stage: str = "base",
     joint: bool = False,
+    process: float = PROCESS,
 ) -> MemoryEstimate:
     """Weights, gradients, AdamW state and activations under a placement and a ZeRO stage.
 
@@ -137,6 +139,8 @@ def estimate(
     stage base, and all else in stage cache unless `joint`. Activations are those of an even load.
     """
     weight, state = (4, 8) if precision == "fp32" else (2, 12)
+    if ds_config.get("bf16", {}).get("bf16_optimizer_states"):  # and then master weights too
+        state = 6
     zero = ds_config["zero_optimization"]
     experts = config.num_hidden_layers * config.num_experts * config.expert_params()
     zero_stage, parameters, coprocessor = zero["stage"], config.num_params(), config.coprocessor_params()
@@ -176,7 +180,7 @@ def estimate(
     offloaded = locked * (states + gradients * 4 / weight)
     in_host = locked * (weights + (gradients if weight == 2 else 0))  # with ZeRO-3 and its offload_param
     if placement == "zero3":
-        return MemoryEstimate(WORKSPACE + activations + working, PROCESS + offloaded + in_host)
+        return MemoryEstimate(WORKSPACE + activations + working, process + offloaded + in_host)
     stream_device, stream_host = (stream.device, stream.host) if stream else (0.0, 0.0)
     if stream is not None:
         # Rows of a layer on their way through its experts, and what a page holds inside of them.
@@ -184,7 +188,7 @@ def estimate(
         inside = 6 * config.moe_intermediate_size * stream.page_size / config.num_experts
         activations += rows * (2 * width + inside)
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-        host = PROCESS + stream_host + offloaded
+        host = process + stream_host + offloaded
         if stream is not None and zero_stage == 3:
             host += in_host
         else:  # gradients leave through two buckets as they come
@@ -193,4 +197,4 @@ def estimate(
     working = working if stream is None else 0.0
     peak = max(activations, peak) + working
     device = WORKSPACE + weights + gradients + states + peak + stream_device
-    return MemoryEstimate(device, PROCESS + stream_host)
+    return MemoryEstimate(device, process + stream_host)

@@ -13,7 +13,7 @@ from experts import default_page_size
 from experts.budget import automatic_budget, bytes_per_value, choose_pages, device_bytes
 from training import deepspeed_config
 from training.config import TrainingArguments, UserError, parse_size
-from training.estimate import MemoryEstimate, StreamPlan, estimate
+from training.estimate import CPU_PROCESS, PROCESS, MemoryEstimate, StreamPlan, estimate
 
 if TYPE_CHECKING:
     from model.config import PragnosiaConfig
@@ -143,9 +143,10 @@ def make_plan(
                 json_is_default=not args.deepspeed_config,
             )
         if args.capacity_factor and expert_parallel == 1 and placement == "resident":
+            can_share = world_size > 1 and not has_frozen_experts(config, args)
             raise UserError(
                 f"--capacity-factor {args.capacity_factor} is for GPUs that share experts, and here none do: "
-                f"leave it out, or use --expert-parallel-size with 2 or more"
+                f"leave it out{', or use --expert-parallel-size with 2 or more' * can_share}"
             )
         memory = estimate(
             config,
@@ -161,6 +162,7 @@ def make_plan(
             expert_parallel=expert_parallel,
             stage=args.stage,
             joint=args.cache_joint,
+            process=PROCESS if device == "cuda" else CPU_PROCESS,
         )
         return Plan(
             config, device, deepspeed_config.precision_of(ds_config), placement, page_size, stream,
@@ -338,18 +340,19 @@ def plan_disk(
 
 def check_host_memory(plan: Plan, ranks_here: int) -> None:
     """Refuse a run whose streamed experts would not fit in host memory. Raises UserError."""
-    from experts.host_memory import available_bytes
+    from experts.host_memory import available_bytes, resident_bytes
 
     if plan.stream is None:
         return
-    needed, free = plan.memory.host * ranks_here, available_bytes()
+    to_come = max(plan.memory.host - resident_bytes(), plan.stream.host)
+    needed, free = to_come * ranks_here, available_bytes()
     if needed > free:
         cheaper = {"fp32": "--expert-state bf16", "bf16": "--expert-state int8"}.get(plan.stream.state)
         disk = "less --expert-ram" if plan.stream.disk_layers else "--expert-store nvme"
         cheaper = f"{cheaper or 'fewer --num-experts'} or {disk}"
         raise UserError(
-            f"streamed experts and their optimizer state need {needed / 1e9:,.1f} GB of host memory, "
-            f"{free / 1e9:,.1f} GB are free: use {cheaper}"
+            f"streamed experts, their optimizer state and the rest need {needed / 1e9:,.1f} GB more of host "
+            f"memory, {free / 1e9:,.1f} GB are free: use {cheaper}"
         )
 
 

@@ -281,7 +281,7 @@ FOUR_GB = {"expert_state": "int8", "deepspeed_config": "streamed_zero3"}
     ("size", "rows", "flags", "device_gb", "host_gb"),
     [
         ("350M", 1, {"deepspeed_config": "streamed_offload"}, 0.364, 4.84),
-        ("1B", 1, {"deepspeed_config": "streamed_offload"}, 0.435, 9.29),
+        ("1B", 1, {"deepspeed_config": "streamed_offload"}, 0.435, 9.20),
         ("3B", 1, {"deepspeed_config": "streamed_offload"}, 0.561, 21.7),
         ("7B", 1, {"deepspeed_config": "streamed_offload"}, 0.995, 47.1),
         ("13B", 4, FOUR_GB | {"expert_vram": "256MB", "gpu_memory": "4GB"}, 1.66, 64.6),
