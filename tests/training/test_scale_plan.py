@@ -69,6 +69,8 @@ def test_an_all_to_all_moves_what_its_ranks_send(cluster, data):
     load = scale.all_to_all(config, 96, 5, ep, cluster)
     assert (load.local / 5, load.network / 5) == pytest.approx(counted(cluster, sent))
     assert load.calls == 5 * (ep > 1)
+    half, whole = (scale.all_to_all(config, 96, 5, ep, cluster, capacity) for capacity in (0.5, 1.5))
+    assert (half.local, half.network) == (load.local / 2, load.network / 2) and whole == load
 
 
 @given(clusters, st.data())
