@@ -351,8 +351,8 @@ def check_host_memory(plan: Plan, ranks_here: int) -> None:
         disk = "less --expert-ram" if plan.stream.disk_layers else "--expert-store nvme"
         cheaper = f"{cheaper or 'fewer --num-experts'} or {disk}"
         raise UserError(
-            f"streamed experts, their optimizer state and the rest need {needed / 1e9:,.1f} GB more of host "
-            f"memory, {free / 1e9:,.1f} GB are free: use {cheaper}"
+            f"streamed experts, their optimizer state and the rest need {needed / 1e9:,.1f} GB of host memory "
+            f"more, {free / 1e9:,.1f} GB are free: use {cheaper}"
         )
 
 
