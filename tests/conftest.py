@@ -42,6 +42,7 @@ LONGEST = (
     "test_streamed_runs.py",
     "test_step_routing.py",
     "test_readme.py",
+    "test_value_head_runs.py",
 )
 
 
