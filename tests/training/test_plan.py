@@ -235,6 +235,16 @@ def test_host_memory_that_is_not_there(state, way_out):
     check_host_memory(plan_of(config, placement="resident"), 1)
 
 
+def test_what_a_process_has_is_not_needed_again(monkeypatch):
+    plan = plan_of()
+    monkeypatch.setattr("experts.host_memory.resident_bytes", lambda: int(1e9))
+    monkeypatch.setattr("experts.host_memory.available_bytes", lambda: plan.memory.host - 0.95e9)
+    check_host_memory(plan, 1)
+    monkeypatch.setattr("experts.host_memory.available_bytes", lambda: plan.memory.host - 1.05e9)
+    with pytest.raises(UserError, match="GB of host memory more"):
+        check_host_memory(plan, 1)
+
+
 MEASURE = """
 import gc, json, sys, torch
 from kernels.reference import route
