@@ -34,18 +34,18 @@ from benchmarks.results import DIRECTORY, REPOSITORY, report
 
 TASKS = ("recall", "far_lookup", "countdown")
 CACHE = ("--use-cache-augmentation", "--stage", "cache", "--coprocessor")
-ARMS = {  # name -> (flags, share of the base's steps; None: from the start)
-    "base": ((), None),
-    "memory": (("--use-neural-memory",), None),
-    "memory, window 128": (("--use-neural-memory", "--memory-window", "128"), None),
-    "value head": (("--use-tree-of-thoughts",), None),
-    "base, longer": ((), 0.25),
-    "pause tokens": ((*CACHE, "pause"), 0.25),
-    "soft tokens, model trained": ((*CACHE, "soft", "--cache-joint"), 0.25),
-    "light": ((*CACHE, "light"), 0.25),
-    "light, model trained": ((*CACHE, "light", "--cache-joint"), 0.25),
-    "lora": ((*CACHE, "lora"), 0.25),
-    "copy": ((*CACHE, "copy"), 0.25),
+ARMS = {  # name -> (flags, whether it starts from the base)
+    "base": ((), False),
+    "memory": (("--use-neural-memory",), False),
+    "memory, window 128": (("--use-neural-memory", "--memory-window", "128"), False),
+    "value head": (("--use-tree-of-thoughts",), False),
+    "base, longer": ((), True),
+    "pause tokens": ((*CACHE, "pause"), True),
+    "soft tokens, model trained": ((*CACHE, "soft", "--cache-joint"), True),
+    "light": ((*CACHE, "light"), True),
+    "light, model trained": ((*CACHE, "light", "--cache-joint"), True),
+    "lora": ((*CACHE, "lora"), True),
+    "copy": ((*CACHE, "copy"), True),
 }
 
 
@@ -59,6 +59,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--seeds", nargs="+", type=int, default=[0])
     options.add_argument("--model-size", default="350M")
     options.add_argument("--steps", type=int, default=4000, help="of the base model")
+    options.add_argument(
+        "--later-steps", type=int, help="of the arms that start from the base (default: a quarter of --steps)"
+    )
     options.add_argument("--batch-size", type=int, default=32, help="rows of 512 tokens a step")
     options.add_argument(
         "--value-refresh", type=int, help="of the value head; 0: never (default: an eighth of --steps)"
@@ -142,7 +145,8 @@ def logged(run: Path, *, alone: bool) -> dict:
 
 def measure(args: argparse.Namespace, arm: str, seed: int, base: Path | None) -> tuple[Path, list[dict]]:
     """Train and evaluate an arm: its run, its row and one for each search of its value head."""
-    steps = max(1, int(args.steps * (ARMS[arm][1] or 1)))
+    later = max(1, args.steps // 4) if args.later_steps is None else args.later_steps
+    steps = later if ARMS[arm][1] else args.steps
     run = train(args, arm, seed, base, steps)
     row = {"arm": arm, "seed": seed, "steps": steps, **logged(run, alone=args.side_by_side == 1)}
     searches = []

@@ -1,8 +1,8 @@
-"""Host memory for expert banks: of exactly the size asked for, page-locked where the system allows it.
+"""Host memory of exactly the size asked for, page-locked where the system allows it: expert banks, offloaded state.
 
-`torch`'s page-locked allocations are rounded up to a power of two, which would take 121 GB for 72. Here the
-pages are mapped by hand and registered with CUDA, so that copies run at the speed of the bus and beside
-computation.
+`torch`'s page-locked allocations are rounded up to a power of two, which would take 121 GB for 72, and kept when
+they are no longer needed. Here the pages are mapped by hand and registered with CUDA, so that copies run at the
+speed of the bus and beside computation.
 """
 
 import contextlib
@@ -59,11 +59,16 @@ def host_array(shape: tuple[int, ...], dtype: torch.dtype, lock: bool) -> Tensor
     if lock and not mapping.lock() and not _warned and os.environ.get("RANK", "0") == "0":
         _warned = True
         print(
-            "expert memory cannot be page-locked, so copies will be slower: raise `ulimit -l` (memlock)",
+            "host memory cannot be page-locked, so copies will be slower: raise `ulimit -l` (memlock)",
             file=sys.stderr,
             flush=True,
         )
     return torch.frombuffer(mapping, dtype=dtype, count=math.prod(shape)).view(shape)
+
+
+def locked_copy(tensor: Tensor) -> Tensor:
+    """A copy of a host tensor in page-locked memory of exactly its size, which goes back to the system with it."""
+    return host_array(tuple(tensor.shape), tensor.dtype, lock=True).copy_(tensor.detach())
 
 
 def available_bytes() -> int:

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from experts.host_memory import locked_copy
 from experts.placement import Placement, ordinary_placement
 from experts.streamed import StreamedExperts, StreamSettings
 from kernels import deepspeed_ops  # noqa: F401
@@ -68,6 +70,7 @@ def start_ranks(device_type: str, local_rank: int = 0) -> Ranks:
                 f"rank {local_rank} of this machine finds {gpus} GPUs: start as many ranks as GPUs"
             )
         torch.cuda.set_device(local_rank)
+        get_accelerator()._torch_pin_memory = locked_copy  # DeepSpeed's offloaded state, which torch rounds up
     say_what_is_compiled()
     if not torch.distributed.is_initialized():
         init_process_group("nccl" if device_type == "cuda" else "gloo")
@@ -172,10 +175,11 @@ def build_model(
 ) -> PragnosiaForCausalLM:
     """The placed model with weights from `source`; it keeps the placement as `model.placement`.
 
-    Under ZeRO-3 each module is partitioned as soon as it exists, so the whole model never stands in one place.
+    Under ZeRO-3 each module is partitioned as soon as it exists, so the whole model never stands in one place, and
+    in the precision of `ds_config`: DeepSpeed 0.19 takes a dtype only where the device has fp16, else bf16.
     """
     zero3 = ds_config["zero_optimization"]["stage"] == 3
-    context = deepspeed.zero.Init(config_dict_or_path=ds_config, dtype=dtype) if zero3 else nullcontext()
+    context = deepspeed.zero.Init(config_dict_or_path=ds_config) if zero3 else nullcontext()
     with context, nullcontext() if zero3 else torch.device("meta"):
         model = PragnosiaForCausalLM(config, placement.build_bank)
     model.placement = placement

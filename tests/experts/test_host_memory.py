@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experts.host_memory import available_bytes, host_array, near, parse_cpus
+from experts.host_memory import available_bytes, host_array, locked_copy, near, parse_cpus
 
 MEGABYTE = 1 << 20
 
@@ -116,6 +116,15 @@ def test_page_locked_until_the_tensor_is_gone():
     # The same place can be mapped and registered anew: a registration left behind would refuse it.
     again = [host_array((3, MEGABYTE), torch.float32, lock=True) for _ in range(4)]
     assert all(other.is_pinned() and other.nbytes == size for other in again), address
+
+
+@pytest.mark.gpu
+def test_a_copy_is_exactly_as_large():
+    """3 MB and 4 bytes; what DeepSpeed pins goes through it, gradients of nothing recorded."""
+    tensor = torch.randn(3 * MEGABYTE // 4 + 1, requires_grad=True)
+    copy = locked_copy(tensor)
+    assert torch.equal(copy, tensor) and copy.is_leaf and not copy.requires_grad
+    assert copy.is_pinned() and copy.untyped_storage().nbytes() == 3 * MEGABYTE + 4
 
 
 @pytest.mark.gpu

@@ -139,7 +139,7 @@ def test_entropy_and_load_of_a_router_that_does_not_choose(build):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_saved_and_loaded_logits_are_equal_to_the_bit(build, tmp_path, tied):
+def test_a_saved_model_is_loaded_to_the_bit(build, tmp_path, tied):
     model = build(tie_word_embeddings=tied).eval()
     model.save_pretrained(tmp_path)
     ids = random_ids(2, 11)
@@ -148,7 +148,11 @@ def test_saved_and_loaded_logits_are_equal_to_the_bit(build, tmp_path, tied):
         AutoModelForCausalLM.from_pretrained(tmp_path),
     ):
         assert type(loaded) is PragnosiaForCausalLM
-        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        weights = loaded.state_dict()
+        assert all(torch.equal(weights.pop(name), weight) for name, weight in model.state_dict().items())
+        assert not weights
+        # Weights lie where the file was mapped, and products may round by how they are aligned.
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
 def test_auto_classes_know_the_model(build, tmp_path):

@@ -461,7 +461,8 @@ def test_layers_with_a_window_see_no_further(remembering):
     ids = random_ids(1, 9)
     before = model(ids).logits
     ids[:, 4] = ids[:, 4] % 66 + 1
-    differs = (model(ids).logits != before).any(-1)[0]
+    # Not to the bit: an expert that gets fewer rows may round the others in another way.
+    differs = ((model(ids).logits - before).abs() > 1e-4).any(-1)[0]
     assert differs.nonzero()[:, 0].tolist() == [4, 5, 6]
 
 

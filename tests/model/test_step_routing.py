@@ -197,7 +197,7 @@ def test_counts_start_at_zero(stepped, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PragnosiaForCausalLM.from_pretrained(tmp_path)
     assert pool_uses(loaded) == [[0] * EXPERTS] * 2
-    assert torch.equal(loaded(random_ids(1, 9)).logits, model.eval()(random_ids(1, 9)).logits)
+    torch.testing.assert_close(loaded(random_ids(1, 9)).logits, model.eval()(random_ids(1, 9)).logits)
     fill(model, initial_weights(0, 0.02))
     assert pool_uses(model) == [[0] * EXPERTS] * 2
 
@@ -303,7 +303,7 @@ def test_masks_of_eager_attention_say_the_same(stepped):
     expected = model(ids, attention_mask=mask).logits
     model.set_attn_implementation("eager")
     found = model(ids, attention_mask=mask).logits
-    torch.testing.assert_close(found[mask > 0], expected[mask > 0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[mask > 0], expected[mask > 0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_cache_starts_anew_and_refuses_what_it_cannot_do(stepped):

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_grad
 
 from experts import canonical, exported_name
@@ -264,6 +265,7 @@ def force_router(model, experts: list[int]) -> None:
 if __name__ == "__main__":
     layouts, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     ranks = start_ranks("cpu")
+    get_accelerator().is_fp16_supported = lambda: False  # as on most processors: fp32 has to stay fp32
     torch.set_num_threads(1)
     results = [
         train_plain(layout) if "plain" in layout else train(layout, ranks, out.parent) for layout in layouts
