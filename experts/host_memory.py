@@ -1,4 +1,4 @@
-"""Host memory of exactly the size asked for, page-locked where the system allows it: expert banks, offloaded state.
+"""Host memory of exactly the size asked for, page-locked where possible: expert banks, offloaded state.
 
 `torch`'s page-locked allocations are rounded up to a power of two, which would take 121 GB for 72, and kept when
 they are no longer needed. Here the pages are mapped by hand and registered with CUDA, so that copies run at the
