@@ -68,7 +68,8 @@ def host_array(shape: tuple[int, ...], dtype: torch.dtype, lock: bool) -> Tensor
 
 def locked_copy(tensor: Tensor) -> Tensor:
     """A copy of a host tensor in page-locked memory of exactly its size, which goes back to the system with it."""
-    return host_array(tuple(tensor.shape), tensor.dtype, lock=True).copy_(tensor.detach())
+    # No view: one would keep the memory when DeepSpeed gives it other `data`.
+    return host_array(tuple(tensor.shape), tensor.dtype, lock=True).copy_(tensor.detach()).data
 
 
 def available_bytes() -> int:

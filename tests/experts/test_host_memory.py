@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experts.host_memory import available_bytes, host_array, locked_copy, near, parse_cpus
+from experts.host_memory import Mapping, available_bytes, host_array, locked_copy, near, parse_cpus
 
 MEGABYTE = 1 << 20
 
@@ -125,6 +125,20 @@ def test_a_copy_is_exactly_as_large():
     copy = locked_copy(tensor)
     assert torch.equal(copy, tensor) and copy.is_leaf and not copy.requires_grad
     assert copy.is_pinned() and copy.untyped_storage().nbytes() == 3 * MEGABYTE + 4
+
+
+def test_a_copy_does_not_outlive_its_data(monkeypatch):
+    """DeepSpeed moves what it has pinned to one flat array, by giving the tensor other data."""
+    monkeypatch.setattr(Mapping, "lock", lambda mapping: True)  # there may be no GPU
+    copy, mappings = locked_copy(torch.ones(MEGABYTE)), lambda: sum(len(m) for m in live_mappings())
+    before = mappings()
+    copy.data = torch.ones(1)
+    gc.collect()
+    assert before - mappings() == 4 * MEGABYTE
+
+
+def live_mappings() -> list[Mapping]:
+    return [thing for thing in gc.get_objects() if isinstance(thing, Mapping)]
 
 
 @pytest.mark.gpu
