@@ -139,7 +139,10 @@ def estimate(
     stage base, and all else in stage cache unless `joint`. Activations are those of an even load.
     """
     weight, state = (4, 8) if precision == "fp32" else (2, 12)
-    if ds_config.get("bf16", {}).get("bf16_optimizer_states"):  # and then master weights too
+    is_lean = ds_config.get("bf16", {}).get(
+        "bf16_optimizer_states"
+    )  # and then master weights and gradients too
+    if is_lean:
         state = 6
     zero = ds_config["zero_optimization"]
     experts = config.num_hidden_layers * config.num_experts * config.expert_params()
@@ -174,11 +177,9 @@ def estimate(
         live = max(live, config.vocab_size * width, bank)
         page = page_size * config.expert_params() if placement == "zero3" else 0
         working = weight * (min(live, local) + page + min(zero.get("reduce_bucket_size", 5e8), local))
-    # DeepSpeed has offloaded gradients in fp32 too, and page-locked arrays are rounded up to powers of two: by a
-    # quarter in all, as measured.
-    locked = 1.25 if zero.get("offload_optimizer", {}).get("pin_memory") else 1.0
-    offloaded = locked * (states + gradients * 4 / weight)
-    in_host = locked * (weights + (gradients if weight == 2 else 0))  # with ZeRO-3 and its offload_param
+    # DeepSpeed has offloaded gradients once more, in the precision of the master weights.
+    offloaded = states + gradients * (1 if is_lean else 4 / weight)
+    in_host = weights + (gradients if weight == 2 else 0)  # with ZeRO-3 and its offload_param
     if placement == "zero3":
         return MemoryEstimate(WORKSPACE + activations + working, process + offloaded + in_host)
     stream_device, stream_host = (stream.device, stream.host) if stream else (0.0, 0.0)
