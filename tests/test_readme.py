@@ -146,7 +146,7 @@ def test_options_of_every_command_are_accepted(document, line):
 
 def test_every_option_in_the_text_exists():
     helps = ["training/launch.py train_ds.py", "eval_ds.py", "chat_ds.py"]
-    benchmarks = ("train_step", "constant_vram", "offload", "scale_out", "kernels", "components")
+    benchmarks = ("train_step", "constant_vram", "offload", "scale_out", "kernels", "components", "countdown")
     helps += [f"benchmarks/{name}.py" for name in benchmarks]
     known = {"--check", "--num_gpus", "--nnodes", "--nproc-per-node", "--gpus-per-node"}  # of other programs
     for script in helps:
