@@ -149,7 +149,11 @@ def parse(argv: Sequence[str] | None = None, also_suggest: Sequence[str] = ()) -
     Raises:
         UserError: unknown, doubled or misspelt settings, values of a wrong type or out of range.
     """
-    parser = Parser(prog="train_ds.py", description="Train a Mixture-of-Experts language model.")
+    parser = Parser(
+        prog="train_ds.py",
+        description="Train a Mixture-of-Experts language model.",
+        epilog="none unsets an option that need not have a value, also where --config or --resume sets it.",
+    )
     parser.also_suggest = also_suggest
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags override it")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")

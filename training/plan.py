@@ -143,10 +143,10 @@ def make_plan(
                 json_is_default=not args.deepspeed_config,
             )
         if args.capacity_factor and expert_parallel == 1 and placement == "resident":
-            can_share = world_size > 1 and not has_frozen_experts(config, args)
+            most = most_that_share(config, args, world_size)
             raise UserError(
-                f"--capacity-factor {args.capacity_factor} is for GPUs that share experts, and here none do: "
-                f"leave it out{', or use --expert-parallel-size with 2 or more' * can_share}"
+                f"--capacity-factor {args.capacity_factor} is for GPUs that share experts, and here none do: use "
+                "--capacity-factor none" + f", or --expert-parallel-size {most}" * (most > 1)
             )
         memory = estimate(
             config,
@@ -170,7 +170,7 @@ def make_plan(
         )  # fmt: skip
 
     if args.gpu_memory and device == "cpu":
-        raise UserError("--gpu-memory has no effect on a CPU: leave it out")
+        raise UserError("--gpu-memory has no effect on a CPU: use --gpu-memory none")
     placement, room = args.requested_placement, FIT * _device_memory(device, args)
     if placement == "auto" and args.deepspeed_config:
         placement = deepspeed_config.placement_of(args.deepspeed_config)
@@ -179,10 +179,7 @@ def make_plan(
         if plan.memory.device <= room:  # and so within --gpu-memory
             return replace(plan, idle_flags=tuple(idle_expert_flags(args, "resident")))
         placement = "streamed"
-    for flag, placements in idle_expert_flags(args, placement).items():
-        raise UserError(
-            f"{flag} has no effect on {placement} experts: leave it out, or use --placement {placements}"
-        )
+    refuse_idle_expert_flags(config, args, placement, world_size)
     plan = attempt(placement)
     for smaller in ("streamed_offload", "streamed_zero3"):
         if placement == "streamed" and plan.memory.device > room and not args.deepspeed_config:
@@ -250,6 +247,23 @@ def idle_expert_flags(args: TrainingArguments, placement: str) -> dict[str, str]
         for flag, value, placements in flags
         if value is not None and placement not in placements
     }
+
+
+def refuse_idle_expert_flags(
+    config: PragnosiaConfig, args: TrainingArguments, placement: str, world_size: int
+) -> None:
+    """Raises UserError for a setting of `idle_expert_flags`, with ways out that work on so many ranks."""
+    most = most_that_share(config, args, world_size)
+    for flag, placements in idle_expert_flags(args, placement).items():
+        others = f", or --placement {placements}"
+        if placements == "resident":  # a setting of experts that are shared
+            others = f"{others} --expert-parallel-size {most}" * (most > 1)
+        raise UserError(f"{flag} has no effect on {placement} experts: use {flag.split()[0]} none{others}")
+
+
+def most_that_share(config: PragnosiaConfig, args: TrainingArguments, world_size: int) -> int:
+    """How many ranks can share the experts of a layer, at most; 1: none can."""
+    return 1 if has_frozen_experts(config, args) else math.gcd(config.num_experts, world_size)
 
 
 def plan_stream(

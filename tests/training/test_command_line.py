@@ -174,6 +174,22 @@ def test_flags_override_the_yaml_file(tmp_path):
     assert run.data.dataset == "7"
 
 
+def test_none_unsets_what_need_not_have_a_value(tmp_path):
+    path, run = tmp_path / "run.yaml", tmp_path / "run" / "checkpoint-1"
+    path.write_text("capacity_factor: 1.5\nmax_steps: none\n")
+    assert parse(["--config", str(path)]).training.capacity_factor == 1.5
+    unset = parse(["--config", str(path), "--capacity-factor", "none", "--gpu-memory=none"]).training
+    assert (unset.capacity_factor, unset.max_steps, unset.gpu_memory) == (None, None, None)
+    run.mkdir(parents=True)
+    (run / "trainer_state.json").write_text('{"step": 1, "files": {}}')
+    (run.parent / "run.json").write_text('{"settings": {"training": {"capacity_factor": 1.5, "seed": 7}}}')
+    for words, factor in (([], 1.5), (["--capacity-factor", "none"], None)):
+        resumed = parse(["--resume", str(run), *words]).training
+        assert (resumed.capacity_factor, resumed.seed) == (factor, 7)
+    with pytest.raises(UserError, match="--seed must be a whole number, not 'none'"):
+        parse(["--seed", "none"])
+
+
 @pytest.mark.parametrize(
     ("flag", "placement"), [("--placement=zero3", "zero3"), ("--no-offload-to-cpu", "resident")]
 )
