@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import shutil
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING
 from experts import default_page_size
 from experts.budget import automatic_budget, bytes_per_value, choose_pages, device_bytes
 from training import deepspeed_config
-from training.config import TrainingArguments, UserError, parse_size
+from training.checkpoint import read_state
+from training.config import DataArguments, TrainingArguments, UserError, parse_size
 from training.estimate import CPU_PROCESS, PROCESS, MemoryEstimate, StreamPlan, estimate
 
 if TYPE_CHECKING:
     from model.config import PragnosiaConfig
 
+STREAM_NEEDS_STEPS = "--streaming needs --max-steps: the length of a stream is not known beforehand"
 FIT = 0.9  # share of a GPU's memory that the estimate may fill before experts move to the host
 
 
@@ -64,6 +67,21 @@ class Plan:
             *(f"note        {flag} has no effect: experts fit in GPU memory" for flag in self.idle_flags),
         ]
 
+    def layout(self, args: TrainingArguments) -> dict:
+        """What a checkpoint is bound to: its run goes on in no other."""
+        from training.components import components_of
+
+        return {
+            "placement": self.placement,
+            "zero_stage": self.ds_config["zero_optimization"]["stage"],
+            "precision": self.precision,
+            "expert_state": self.stream.state if self.stream else None,
+            "router_bias": self.config.router_bias,
+            "components": components_of(self.config),
+            "stage": args.stage,
+            "cache_joint": args.cache_joint,
+        }
+
 
 def resolve_device(requested: str | None) -> str:
     """cuda or cpu.
@@ -78,6 +96,64 @@ def resolve_device(requested: str | None) -> str:
             "--device cuda: PyTorch sees no CUDA GPU here; use --device cpu or install a CUDA build"
         )
     return requested or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def plan_run(
+    model: PragnosiaConfig,
+    args: TrainingArguments,
+    data_args: DataArguments,
+    *,
+    is_trained: bool,
+    resume_from: Path | None,
+    size: str,
+    device: str,
+    world_size: int,
+    **components,
+) -> Plan:
+    """The plan of a run, after every check that needs no data, no weights and no other rank.
+
+    Args:
+        model: what the run starts from; `config` of the plan is a copy with what `args` and `components` (see
+            `add_components`) make of it.
+        is_trained: whether that has weights.
+        resume_from: the checkpoint that the run goes on from.
+
+    Raises:
+        UserError: settings that contradict each other, the model or the checkpoint.
+    """
+    from training.cache_stage import check_stage
+    from training.components import add_components
+
+    if data_args.streaming and args.max_steps is None:
+        raise UserError(STREAM_NEEDS_STEPS)
+    config = copy.deepcopy(model)
+    add_components(config, args, **components)
+    plan = make_plan(
+        config, args, size=size, max_length=data_args.max_length, device=device, world_size=world_size
+    )
+    config.router_bias |= args.load_balance == "bias"  # a model that has one keeps it
+    check_stage(config, args, plan.placement, given=model, is_trained=is_trained)
+    if resume_from is not None:
+        check_layout(resume_from, plan, args)
+    return plan
+
+
+def check_layout(checkpoint: Path, plan: Plan, args: TrainingArguments) -> None:
+    """DeepSpeed's state can be read on other ranks, not under another placement, stage or precision, and without
+    ZeRO not where another number of ranks shares the experts. Raises UserError."""
+    state, layout = read_state(checkpoint), plan.layout(args)
+    for name, value in layout.items():
+        if state.get(name, value) != value:
+            raise UserError(
+                f"{checkpoint} was trained with {name.replace('_', ' ')} {state.get(name)}, this run has {value}: "
+                f"resume as it was, or start a new run from its weights with --init-from"
+            )
+    was_shared_by = state.get("expert_parallel", 1)
+    if layout["zero_stage"] == 0 and was_shared_by != plan.expert_parallel:
+        raise UserError(
+            f"{checkpoint} was trained with --expert-parallel-size {was_shared_by}, this run has "
+            f"{plan.expert_parallel}, and without ZeRO that cannot change: use that size, or --init-from"
+        )
 
 
 def make_plan(
