@@ -4,11 +4,13 @@ Every settings dataclass of `training/config.py` is a group of flags.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import signal
 import sys
+import time
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -265,14 +267,23 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return values
 
 
+RANK_0_SECONDS = 10  # before another rank says what it found: by then rank 0 has said the same, or will not
+
+
 def run_script(main: Callable[[], int | None]) -> typing.NoReturn:
-    """Runs a script's `main` and exits: a UserError is one `error:` line and exit code 2, Ctrl-C is 130."""
-    rank = int(os.environ.get("RANK", "0"))
+    """Runs a script's `main` and exits: a UserError is one `error:` line and exit code 2, Ctrl-C is 130.
+
+    What all ranks find is said by rank 0, whose end makes the launcher stop the others.
+    """
     try:
         # Its launcher has blocked them; one that came since then is raised here.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
         sys.exit(main() or 0)
     except UserError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank > 0:
+            with contextlib.suppress(KeyboardInterrupt):
+                time.sleep(RANK_0_SECONDS)
         print(f"error{f' (rank {rank})' * (rank > 0)}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -273,9 +273,10 @@ def test_parser_takes_no_abbreviation():
 @pytest.mark.parametrize(("rank", "start"), [("0", "error: it is"), ("3", "error (rank 3): it is")])
 def test_a_script_answers_a_user_error_with_one_line(rank, start):
     program = (
-        "from training.command_line import run_script\nfrom training.config import UserError\n"
+        "import training.command_line\nfrom training.config import UserError\n"
+        "training.command_line.RANK_0_SECONDS = 0.1\n"
         "def main(): raise UserError('it is so')\n"
-        "run_script(main)"
+        "training.command_line.run_script(main)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env={"RANK": rank}
