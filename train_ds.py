@@ -96,21 +96,27 @@ def asked_components(run: RunArguments, config) -> dict:
 
 
 def dry_run(run: RunArguments) -> int:
-    """Print the resolved settings, the plan and its memory estimate."""
+    """Print the resolved settings, the plan and its memory estimate.
+
+    Raises:
+        UserError: what `train` would raise of these settings, before it looks at data and weights.
+    """
     from model.presets import size_of
-    from training.components import add_components
-    from training.plan import make_plan, resolve_device
+    from training.checkpoint import resolve_checkpoint
+    from training.plan import plan_run, resolve_device
 
     config, _, _ = starting_point(run)
-    add_components(config, run.training, **asked_components(run, config))
-    device = resolve_device(run.training.device)
-    plan = make_plan(
+    resume = run.training.resume
+    plan = plan_run(
         config,
         run.training,
+        run.data,
+        is_trained=bool(resume or run.model.init_from),
+        resume_from=resolve_checkpoint(resume) if resume else None,
         size=size_of(config),
-        max_length=run.data.max_length,
-        device=device,
+        device=resolve_device(run.training.device),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        **asked_components(run, config),
     )
     print(json.dumps({**settings_of(run), "deepspeed": plan.ds_config}, indent=1))
     print("\n".join(plan.lines(run.training, run.data.max_length)))

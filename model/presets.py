@@ -157,6 +157,6 @@ def check_agreement(
     }
     for name, value in found.items():
         asked = getattr(args, name)
-        if name in given and asked not in (value, "custom"):
+        if name in given and asked not in (value, "custom", None):
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {asked}: the model in {origin} has {value}; leave {flag} out")

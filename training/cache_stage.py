@@ -85,6 +85,12 @@ def check_stage(
             "--coprocessor copy has a second set of experts, which cannot be streamed: use lora or light, or "
             "--placement resident or zero3"
         )
+    if args.value_refresh and args.stage == "cache":
+        raise UserError(
+            "--value-refresh has no effect in --stage cache, which trains no value head: leave it out"
+        )
+    if args.value_refresh and not config.tree:
+        raise UserError("--value-refresh needs a value head to train: add --use-tree-of-thoughts")
     if args.stage == "base":
         if config.cache and not given.cache:
             raise UserError(

@@ -4,11 +4,13 @@ Every settings dataclass of `training/config.py` is a group of flags.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import signal
 import sys
+import time
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,13 +50,21 @@ class RunArguments:
     """What --plan plans for; None without it."""
 
 
+LAUNCHED = {"train_ds.py": "./launch.sh train", "eval_ds.py": "./launch.sh eval"}  # script -> its launcher
+
+
+def launcher_flags() -> list[str]:
+    """The flags of `training/launch.py`, which strips them off before a script sees the rest."""
+    from training.launch import launcher_parser  # which imports this file
+
+    return [*launcher_parser()._option_string_actions]
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are UserErrors: it names the nearest flag and takes no flag twice.
 
     It takes no abbreviation, and reads `--some_flag` as `--some-flag`.
     """
-
-    also_suggest: Sequence[str] = ()  # flags that another program takes, for did-you-mean
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -66,7 +76,15 @@ class Parser(argparse.ArgumentParser):
         parsed, extras = self.parse_known_args(args, namespace)
         flags = [extra.split("=")[0] for extra in extras if extra.startswith("-") and extra != "-"]
         if flags:
-            known = [*self.also_suggest, *(flag for flag in self._option_string_actions if flag[:2] == "--")]
+            launcher = (
+                None if getattr(parsed, "plan", False) else LAUNCHED.get(self.prog)
+            )  # a plan has no ranks
+            others = launcher_flags() if launcher else []
+            if flags[0] in others:
+                raise UserError(
+                    f"{flags[0]} is for the launcher, which starts ranks of {self.prog}: {launcher} {flags[0]} …"
+                )
+            known = [*others, *(flag for flag in self._option_string_actions if flag[:2] == "--")]
             raise UserError(
                 f"unknown option {flags[0]}{did_you_mean(flags[0], known) or '; --help lists all'}"
             )
@@ -140,17 +158,18 @@ def _over(above: dict[str, Any], below: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in below.items() if name not in hidden} | above
 
 
-def parse(argv: Sequence[str] | None = None, also_suggest: Sequence[str] = ()) -> RunArguments:
+def parse(argv: Sequence[str] | None = None) -> RunArguments:
     """Reads the command line of `train_ds.py`; a `--config` file lies below the flags, and below that, with
     `--resume`, what the resumed run recorded.
 
-    Args:
-        also_suggest: flags that another program takes, offered where an unknown one looks like them.
     Raises:
         UserError: unknown, doubled or misspelt settings, values of a wrong type or out of range.
     """
-    parser = Parser(prog="train_ds.py", description="Train a Mixture-of-Experts language model.")
-    parser.also_suggest = also_suggest
+    parser = Parser(
+        prog="train_ds.py",
+        description="Train a Mixture-of-Experts language model.",
+        epilog="none unsets an option that need not have a value, also where --config or --resume sets it.",
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags override it")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument(
@@ -233,6 +252,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
         name = fields.get(key.replace("-", "_"))
         if key in planned:
             raise UserError(f"{where}: {key} is for --plan, on the command line: --plan --{key} …")
+        flag = "--" + key.replace("_", "-")
+        if name is None and flag in launcher_flags():
+            raise UserError(f"{where}: {key} is for the launcher, on the command line: {flag} …")
         if name is None:
             raise UserError(f"{where}: unknown setting {key}{did_you_mean(key, fields)}")
         if name in values:
@@ -245,14 +267,23 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return values
 
 
+RANK_0_SECONDS = 10  # before another rank says what it found: by then rank 0 has said the same, or will not
+
+
 def run_script(main: Callable[[], int | None]) -> typing.NoReturn:
-    """Runs a script's `main` and exits: a UserError is one `error:` line and exit code 2, Ctrl-C is 130."""
-    rank = int(os.environ.get("RANK", "0"))
+    """Runs a script's `main` and exits: a UserError is one `error:` line and exit code 2, Ctrl-C is 130.
+
+    What all ranks find is said by rank 0, whose end makes the launcher stop the others.
+    """
     try:
         # Its launcher has blocked them; one that came since then is raised here.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
         sys.exit(main() or 0)
     except UserError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank > 0:
+            with contextlib.suppress(KeyboardInterrupt):
+                time.sleep(RANK_0_SECONDS)
         print(f"error{f' (rank {rank})' * (rank > 0)}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -133,16 +133,10 @@ def own_answers(
     """The model's own answers that a run's value head learns from, None without --value-refresh.
 
     Raises:
-        UserError: there is no value head, or nothing that it could learn from.
+        UserError: there is nothing that the value head could learn from.
     """
     trains_head = has_labelled_steps(config, args)
     has_labels = any(line.get("steps", 0) != 0 for line in data.report)  # None: a stream, not counted
-    if args.value_refresh and args.stage == "cache":
-        raise UserError(
-            "--value-refresh has no effect in --stage cache, which trains no value head: leave it out"
-        )
-    if args.value_refresh and not trains_head:
-        raise UserError("--value-refresh needs a value head to train: add --use-tree-of-thoughts")
     if args.use_tree_of_thoughts and trains_head and not has_labels:
         raise UserError(
             "--use-tree-of-thoughts: the data has no labelled steps of reasoning: add some to --dataset, "

@@ -93,15 +93,16 @@ class Checked:
 
 
 def _checked_value(field: dataclasses.Field, hint: Any, value: Any) -> Any:
-    """`value` in the field's type and range; numbers may come as strings, which is how YAML reads `1e-4`."""
+    """`value` in the field's type and range; numbers may come as strings, which is how YAML reads `1e-4`, and None
+    as `none`."""
     kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not types.NoneType]
     optional = types.NoneType in typing.get_args(hint)
     kind, name = kinds[0], flag_of(field)
     if field.metadata["flag"]:
         name += f" ({field.name})"
+    if optional and value in (None, "none"):
+        return None
     if value is None:
-        if optional:
-            return None
         raise UserError(f"{name} needs a value")
     if kind is bool:
         if not isinstance(value, bool):
@@ -279,7 +280,7 @@ class TrainingArguments(Checked):
     capacity_factor: float | None = option(
         None,
         "where GPUs share experts: an expert takes at most this many times the even share of the choices in a "
-        "GPU's microbatch, and training drops the others (default: drop none)",
+        "GPU's microbatch, and training drops the others (default: none, which drops none)",
         minimum=0.01,
     )
     deepspeed_config: str | None = option(

@@ -93,9 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         os.execve(sys.executable, alone, {**os.environ, **variables})
     if Path(script).name == "train_ds.py":
-        settings = parse(
-            rest, also_suggest=[*parser._option_string_actions]
-        )  # a bad option fails here, before any rank starts
+        settings = parse(rest)  # a bad option fails here, before any rank starts
         if settings.plan and any(value is not None and value is not False for value in vars(own).values()):
             raise UserError(
                 "--plan starts no ranks: leave out --num-gpus, --hostfile and all else that is for a launcher, "

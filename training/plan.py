@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import shutil
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING
 from experts import default_page_size
 from experts.budget import automatic_budget, bytes_per_value, choose_pages, device_bytes
 from training import deepspeed_config
-from training.config import TrainingArguments, UserError, parse_size
+from training.checkpoint import read_state
+from training.config import DataArguments, TrainingArguments, UserError, parse_size
 from training.estimate import CPU_PROCESS, PROCESS, MemoryEstimate, StreamPlan, estimate
 
 if TYPE_CHECKING:
     from model.config import PragnosiaConfig
 
+STREAM_NEEDS_STEPS = "--streaming needs --max-steps: the length of a stream is not known beforehand"
 FIT = 0.9  # share of a GPU's memory that the estimate may fill before experts move to the host
 
 
@@ -64,6 +67,21 @@ class Plan:
             *(f"note        {flag} has no effect: experts fit in GPU memory" for flag in self.idle_flags),
         ]
 
+    def layout(self, args: TrainingArguments) -> dict:
+        """What a checkpoint is bound to: its run goes on in no other."""
+        from training.components import components_of
+
+        return {
+            "placement": self.placement,
+            "zero_stage": self.ds_config["zero_optimization"]["stage"],
+            "precision": self.precision,
+            "expert_state": self.stream.state if self.stream else None,
+            "router_bias": self.config.router_bias,
+            "components": components_of(self.config),
+            "stage": args.stage,
+            "cache_joint": args.cache_joint,
+        }
+
 
 def resolve_device(requested: str | None) -> str:
     """cuda or cpu.
@@ -78,6 +96,64 @@ def resolve_device(requested: str | None) -> str:
             "--device cuda: PyTorch sees no CUDA GPU here; use --device cpu or install a CUDA build"
         )
     return requested or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def plan_run(
+    model: PragnosiaConfig,
+    args: TrainingArguments,
+    data_args: DataArguments,
+    *,
+    is_trained: bool,
+    resume_from: Path | None,
+    size: str,
+    device: str,
+    world_size: int,
+    **components,
+) -> Plan:
+    """The plan of a run, after every check that needs no data, no weights and no other rank.
+
+    Args:
+        model: what the run starts from; `config` of the plan is a copy with what `args` and `components` (see
+            `add_components`) make of it.
+        is_trained: whether that has weights.
+        resume_from: the checkpoint that the run goes on from.
+
+    Raises:
+        UserError: settings that contradict each other, the model or the checkpoint.
+    """
+    from training.cache_stage import check_stage
+    from training.components import add_components
+
+    if data_args.streaming and args.max_steps is None:
+        raise UserError(STREAM_NEEDS_STEPS)
+    config = copy.deepcopy(model)
+    add_components(config, args, **components)
+    plan = make_plan(
+        config, args, size=size, max_length=data_args.max_length, device=device, world_size=world_size
+    )
+    config.router_bias |= args.load_balance == "bias"  # a model that has one keeps it
+    check_stage(config, args, plan.placement, given=model, is_trained=is_trained)
+    if resume_from is not None:
+        check_layout(resume_from, plan, args)
+    return plan
+
+
+def check_layout(checkpoint: Path, plan: Plan, args: TrainingArguments) -> None:
+    """DeepSpeed's state can be read on other ranks, not under another placement, stage or precision, and without
+    ZeRO not where another number of ranks shares the experts. Raises UserError."""
+    state, layout = read_state(checkpoint), plan.layout(args)
+    for name, value in layout.items():
+        if state.get(name, value) != value:
+            raise UserError(
+                f"{checkpoint} was trained with {name.replace('_', ' ')} {state.get(name)}, this run has {value}: "
+                f"resume as it was, or start a new run from its weights with --init-from"
+            )
+    was_shared_by = state.get("expert_parallel", 1)
+    if layout["zero_stage"] == 0 and was_shared_by != plan.expert_parallel:
+        raise UserError(
+            f"{checkpoint} was trained with --expert-parallel-size {was_shared_by}, this run has "
+            f"{plan.expert_parallel}, and without ZeRO that cannot change: use that size, or --init-from"
+        )
 
 
 def make_plan(
@@ -143,10 +219,10 @@ def make_plan(
                 json_is_default=not args.deepspeed_config,
             )
         if args.capacity_factor and expert_parallel == 1 and placement == "resident":
-            can_share = world_size > 1 and not has_frozen_experts(config, args)
+            most = most_that_share(config, args, world_size)
             raise UserError(
-                f"--capacity-factor {args.capacity_factor} is for GPUs that share experts, and here none do: "
-                f"leave it out{', or use --expert-parallel-size with 2 or more' * can_share}"
+                f"--capacity-factor {args.capacity_factor} is for GPUs that share experts, and here none do: use "
+                "--capacity-factor none" + f", or --expert-parallel-size {most}" * (most > 1)
             )
         memory = estimate(
             config,
@@ -170,7 +246,7 @@ def make_plan(
         )  # fmt: skip
 
     if args.gpu_memory and device == "cpu":
-        raise UserError("--gpu-memory has no effect on a CPU: leave it out")
+        raise UserError("--gpu-memory has no effect on a CPU: use --gpu-memory none")
     placement, room = args.requested_placement, FIT * _device_memory(device, args)
     if placement == "auto" and args.deepspeed_config:
         placement = deepspeed_config.placement_of(args.deepspeed_config)
@@ -179,10 +255,7 @@ def make_plan(
         if plan.memory.device <= room:  # and so within --gpu-memory
             return replace(plan, idle_flags=tuple(idle_expert_flags(args, "resident")))
         placement = "streamed"
-    for flag, placements in idle_expert_flags(args, placement).items():
-        raise UserError(
-            f"{flag} has no effect on {placement} experts: leave it out, or use --placement {placements}"
-        )
+    refuse_idle_expert_flags(config, args, placement, world_size)
     plan = attempt(placement)
     for smaller in ("streamed_offload", "streamed_zero3"):
         if placement == "streamed" and plan.memory.device > room and not args.deepspeed_config:
@@ -250,6 +323,23 @@ def idle_expert_flags(args: TrainingArguments, placement: str) -> dict[str, str]
         for flag, value, placements in flags
         if value is not None and placement not in placements
     }
+
+
+def refuse_idle_expert_flags(
+    config: PragnosiaConfig, args: TrainingArguments, placement: str, world_size: int
+) -> None:
+    """Raises UserError for a setting of `idle_expert_flags`, with ways out that work on so many ranks."""
+    most = most_that_share(config, args, world_size)
+    for flag, placements in idle_expert_flags(args, placement).items():
+        others = f", or --placement {placements}"
+        if placements == "resident":  # a setting of experts that are shared
+            others = f"{others} --expert-parallel-size {most}" * (most > 1)
+        raise UserError(f"{flag} has no effect on {placement} experts: use {flag.split()[0]} none{others}")
+
+
+def most_that_share(config: PragnosiaConfig, args: TrainingArguments, world_size: int) -> int:
+    """How many ranks can share the experts of a layer, at most; 1: none can."""
+    return 1 if has_frozen_experts(config, args) else math.gcd(config.num_experts, world_size)
 
 
 def plan_stream(

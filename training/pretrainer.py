@@ -12,7 +12,6 @@ Pretrainer(
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import signal
@@ -36,8 +35,8 @@ from model.components import CacheConfig
 from model.router import nudge_biases
 from model.step_routing import pool_uses, restore_pool_uses
 from training import checkpoint as disk
-from training.cache_stage import check_stage, evaluate_latents, with_traces
-from training.components import add_components, components_of, has_labelled_steps, own_answers
+from training.cache_stage import evaluate_latents, with_traces
+from training.components import has_labelled_steps, own_answers
 from training.config import DataArguments, TrainingArguments, UserError, parse_size
 from training.engine import (
     DTYPES,
@@ -61,7 +60,7 @@ from training.metrics import (
     validation_line,
     validation_metrics,
 )
-from training.plan import Plan, check_host_memory, make_plan, resolve_device
+from training.plan import STREAM_NEEDS_STEPS, Plan, check_host_memory, plan_run, resolve_device
 from training.randomness import random_state, set_random_state, set_seeds
 from training.schedule import learning_rate_factor
 from training.step import StepResult, reduce_results, train_step
@@ -127,10 +126,23 @@ class Pretrainer:
         if isinstance(model, PragnosiaForCausalLM):
             fresh = initial_weights(args.seed, model.config.initializer_range)
             init_from, model = model_weights(model, fresh), model.config
-        self.config = copy.deepcopy(model)  # `args` decide some of its fields
         self.name, self.settings = name, settings or {}
-        add_components(self.config, args, memory=memory_module, cache=cache_module, tree=tree_module)
-        self.config.router_bias |= args.load_balance == "bias"  # a model that has one keeps it
+        self.resume_from = disk.resolve_checkpoint(args.resume) if args.resume else None
+        self.plan: Plan = plan_run(
+            model,
+            args,
+            self.data_args,
+            is_trained=bool(init_from or args.resume),
+            resume_from=self.resume_from,
+            size=name,
+            device=self.device_type,
+            world_size=self.ranks.world_size,
+            memory=memory_module,
+            cache=cache_module,
+            tree=tree_module,
+        )
+        check_host_memory(self.plan, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        self.config = self.plan.config
         disk.check_vocabulary(self.tokenizer, self.config, "this run")
         self.config.pad_token_id = self.tokenizer.pad_token_id
         self.config.eos_token_id = self.tokenizer.eos_token_id
@@ -142,18 +154,6 @@ class Pretrainer:
         self.own_answers = own_answers(
             self.config, args, self.data, self.tokenizer, self.data_args.max_length
         )
-        self.plan: Plan = make_plan(
-            self.config,
-            args,
-            size=name,
-            max_length=self.data_args.max_length,
-            device=self.device_type,
-            world_size=self.ranks.world_size,
-        )
-        is_trained = bool(init_from or args.resume)
-        check_stage(self.config, args, self.plan.placement, given=model, is_trained=is_trained)
-        check_host_memory(self.plan, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self.resume_from = disk.resolve_checkpoint(args.resume) if args.resume else None
         run_name = f"pragnosia_{name}_{self.config.num_experts}experts_{time.strftime('%Y%m%d-%H%M%S')}"
         self.run_dir, self.resume_from, self.lock = disk.claim_run(
             Path(args.output_dir).expanduser().absolute() / run_name, self.resume_from, self.is_main
@@ -296,7 +296,7 @@ class Pretrainer:
         if self.args.max_steps is not None:
             return self.args.max_steps
         if per_epoch is None:
-            raise UserError("--streaming needs --max-steps: the length of a stream is not known beforehand")
+            raise UserError(STREAM_NEEDS_STEPS)
         # From here on: a resumed run may take another number of rows a step than the one it goes on from.
         return self.step + per_epoch * (self.args.num_train_epochs - self.epoch) - self.step_in_epoch
 
@@ -400,7 +400,6 @@ class Pretrainer:
         ds_config, universal = self.plan.ds_config, None
         if resume is not None:
             state = disk.read_state(resume)
-            self._check_layout(resume, state)
             universal = self._universal(resume, state)
             if universal:
                 ds_config = {
@@ -427,22 +426,6 @@ class Pretrainer:
         if universal and self.is_main:
             shutil.rmtree(universal)
 
-    def _check_layout(self, resume: Path, state: dict) -> None:
-        """DeepSpeed's state can be read on other ranks, not under another placement, stage or precision."""
-        for name, value in self._layout().items():
-            if state.get(name, value) != value:
-                raise UserError(
-                    f"{resume} was trained with {name.replace('_', ' ')} {state.get(name)}, this run has {value}: "
-                    f"resume as it was, or start a new run from its weights with --init-from"
-                )
-
-    def _layout(self) -> dict:
-        stage = self.plan.ds_config["zero_optimization"]["stage"]
-        layout = {"placement": self.plan.placement, "zero_stage": stage, "precision": self.plan.precision}
-        layout |= {"expert_state": self.plan.stream.state if self.plan.stream else None}
-        layout |= {"router_bias": self.config.router_bias, "components": components_of(self.config)}
-        return layout | {"stage": self.args.stage, "cache_joint": self.args.cache_joint}
-
     def _data_identity(self) -> list:
         """What the place in the data refers to: the rows and their order."""
         rows = [[line["dataset"], line["rows"], line["tokens"], line["weight"]] for line in self.data.report]
@@ -455,11 +438,6 @@ class Pretrainer:
         if (state["world_size"], was_shared_by) == (self.ranks.world_size, is_shared_by):
             return None
         if self.plan.ds_config["zero_optimization"]["stage"] == 0:
-            if was_shared_by != is_shared_by:
-                raise UserError(
-                    f"{resume} was trained with --expert-parallel-size {was_shared_by}, this run has "
-                    f"{is_shared_by}, and without ZeRO that cannot change: use that size, or --init-from"
-                )
             return None  # every rank holds everything of its part: any number of ranks can read it
         target = self.run_dir / ".tmp-universal"
         if self.is_main:
@@ -517,7 +495,7 @@ class Pretrainer:
             "bad_validations": self.bad_validations,
             "world_size": self.ranks.world_size,
             "expert_parallel": self.plan.expert_parallel,
-            **self._layout(),
+            **self.plan.layout(self.args),
             "data": self._data_identity(),
             "pool_uses": pool_uses(self.engine.module),
         }

@@ -34,6 +34,7 @@ from training.plan import (
     has_frozen_experts,
     idle_expert_flags,
     plan_stream,
+    refuse_idle_expert_flags,
     usable_memory,
 )
 
@@ -358,10 +359,7 @@ def combinations(
             "--plan is for experts that learn: leave --stage cache, or --coprocessor copy, out of it"
         )
     if placement != "auto":
-        for flag, placements in idle_expert_flags(args, placement).items():
-            raise UserError(
-                f"{flag} has no effect on {placement} experts: leave it out, or use --placement {placements}"
-            )
+        refuse_idle_expert_flags(config, args, placement, cluster.gpus)
     found = []
     if placement != "streamed":
         here = cluster.gpus_here
@@ -377,8 +375,8 @@ def combinations(
             sizes = [size for size in sizes if size > 1]
             if not sizes:
                 raise UserError(
-                    f"--capacity-factor {args.capacity_factor} is for GPUs that share experts: leave it out, or "
-                    f"use more --gpus or another --expert-parallel-size"
+                    f"--capacity-factor {args.capacity_factor} is for GPUs that share experts: use "
+                    "--capacity-factor none, more --gpus or another --expert-parallel-size"
                 )
         default = deepspeed_config.default_path(preset, "resident", "cuda", cluster.gpus, cluster.machines)
         sections = [_zero(default.name, stage) for stage in range(4)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model import PragnosiaForCausalLM
-from model.presets import PRESETS, config_from_arguments, custom_preset, preset_config
+from model.presets import PRESETS, check_agreement, config_from_arguments, custom_preset, preset_config
 from training.config import ModelArguments, UserError
 
 
@@ -32,6 +32,16 @@ def test_more_experts_leave_the_active_parameters_almost_alone(size):
     rows = 56 * few.hidden_size * few.num_hidden_layers
     assert many.active_params() - few.active_params() == rows
     assert many.num_params() - few.num_params() == rows + 56 * few.num_hidden_layers * few.expert_params()
+
+
+def test_what_was_given_must_agree_with_the_model():
+    tiny, given = preset_config("tiny"), {"num_experts"}
+    for agreeing in (8, "none"):
+        check_agreement(ModelArguments(num_experts=agreeing), tiny, "runs/1", given)
+    with pytest.raises(
+        UserError, match="--num-experts 4: the model in runs/1 has 8; leave --num-experts out"
+    ):
+        check_agreement(ModelArguments(num_experts=4), tiny, "runs/1", given)
 
 
 def test_arguments_reach_the_configuration():

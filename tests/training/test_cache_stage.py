@@ -223,6 +223,13 @@ def with_head():
         ),
         (config_with(), {"stage": "cache"}, {"is_trained": False}, "give a trained one with --init-from"),
         (
+            with_head(),
+            {"stage": "cache", "value_refresh": 5},
+            {},
+            "--value-refresh has no effect in --stage cache",
+        ),
+        (preset_config("tiny"), {"value_refresh": 5}, {}, "--value-refresh needs a value head"),
+        (
             with_memory(),
             {"stage": "cache"},
             {"given": config_with()},

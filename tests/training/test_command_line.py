@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from inference.arguments import EngineArguments, EvaluationArguments, ModelSource, read_arguments
 from training.cluster import ClusterArguments
 from training.command_line import SETTINGS, Parser, parse
 from training.config import DataArguments, ModelArguments, TrainingArguments, UserError, flag_of
@@ -103,6 +104,12 @@ def test_every_field_is_set_by_its_flag(settings, name):
         (["--epoch", "3"], "unknown option --epoch: did you mean --epochs?"),
         (["--batchsize=3"], "unknown option --batchsize: did you mean --batch-size?"),
         (["--zzzz"], "unknown option --zzzz; --help lists all"),
+        (
+            ["--num_gpus=2"],
+            "--num-gpus is for the launcher, which starts ranks of train_ds.py: ./launch.sh train ",
+        ),
+        (["--hostfiles", "hosts"], "unknown option --hostfiles: did you mean --hostfile?"),
+        (["--plan", "--num-gpus", "2"], "unknown option --num-gpus: did you mean --gpus?"),
         (["--epochs", "1", "--epochs", "2"], "--epochs is set twice"),
         (["--batch-size=1", "--batch_size=2"], "--batch-size is set twice"),
         (["--offload-to-cpu", "--no-offload-to-cpu"], "is set twice"),
@@ -147,6 +154,7 @@ def test_bad_words_are_one_clear_line(words, message):
         ("dataset: {a: b}", "--dataset must be a text"),
         ("seed: null", "--seed needs a value"),
         ("seed: 1\ngpus: 64", "line 2: gpus is for --plan, on the command line"),
+        ("num_gpus: 2", "line 1: num_gpus is for the launcher, on the command line: --num-gpus"),
     ],
 )
 def test_bad_yaml_is_one_clear_line(tmp_path, text, message):
@@ -156,6 +164,13 @@ def test_bad_yaml_is_one_clear_line(tmp_path, text, message):
         parse(["--config", str(path)])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_only_what_has_a_launcher_speaks_of_it():
+    with pytest.raises(UserError, match=r"--num-gpus is for the launcher.*: \./launch\.sh eval --num-gpus"):
+        read_arguments("eval_ds.py", "", (ModelSource, EvaluationArguments), ["--num-gpus", "2"])
+    with pytest.raises(UserError, match="unknown option --hostfile; --help lists all"):
+        read_arguments("chat_ds.py", "", (ModelSource, EngineArguments), ["--hostfile", "hosts"])
 
 
 def test_missing_yaml_names_the_file(tmp_path):
@@ -172,6 +187,22 @@ def test_flags_override_the_yaml_file(tmp_path):
     assert run.training.reporters == ["none"]
     assert run.training.deterministic is False
     assert run.data.dataset == "7"
+
+
+def test_none_unsets_what_need_not_have_a_value(tmp_path):
+    path, run = tmp_path / "run.yaml", tmp_path / "run" / "checkpoint-1"
+    path.write_text("capacity_factor: 1.5\nmax_steps: none\n")
+    assert parse(["--config", str(path)]).training.capacity_factor == 1.5
+    unset = parse(["--config", str(path), "--capacity-factor", "none", "--gpu-memory=none"]).training
+    assert (unset.capacity_factor, unset.max_steps, unset.gpu_memory) == (None, None, None)
+    run.mkdir(parents=True)
+    (run / "trainer_state.json").write_text('{"step": 1, "files": {}}')
+    (run.parent / "run.json").write_text('{"settings": {"training": {"capacity_factor": 1.5, "seed": 7}}}')
+    for words, factor in (([], 1.5), (["--capacity-factor", "none"], None)):
+        resumed = parse(["--resume", str(run), *words]).training
+        assert (resumed.capacity_factor, resumed.seed) == (factor, 7)
+    with pytest.raises(UserError, match="--seed must be a whole number, not 'none'"):
+        parse(["--seed", "none"])
 
 
 @pytest.mark.parametrize(
@@ -242,9 +273,10 @@ def test_parser_takes_no_abbreviation():
 @pytest.mark.parametrize(("rank", "start"), [("0", "error: it is"), ("3", "error (rank 3): it is")])
 def test_a_script_answers_a_user_error_with_one_line(rank, start):
     program = (
-        "from training.command_line import run_script\nfrom training.config import UserError\n"
+        "import training.command_line\nfrom training.config import UserError\n"
+        "training.command_line.RANK_0_SECONDS = 0.1\n"
         "def main(): raise UserError('it is so')\n"
-        "run_script(main)"
+        "training.command_line.run_script(main)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env={"RANK": rank}

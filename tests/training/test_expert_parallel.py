@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from tests.training.runs import losses, run, weights, write_rows
+from tests.training.runs import REPOSITORY, finish, losses, run, start, weights, write_rows
 from tests.training.test_layouts import (
     BF16_LOSS_TOLERANCE,
     GRADIENT_TOLERANCE,
@@ -165,6 +165,42 @@ def test_a_run_with_a_capacity_logs_its_drops(tmp_path):
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     shares = [line["router/dropped_share"] for line in lines if "loss" in line]
     assert len(shares) == 4 and all(0.1 < share < 1 for share in shares)
+
+
+def test_a_capacity_is_of_the_pool_with_step_routing(tmp_path):
+    """Every token takes both experts of a pool of two: the share of each is all 128 tokens of a rank, and half of
+    them are kept."""
+    data = write_rows(tmp_path / "rows.jsonl")
+    flags = (
+        "--expert-parallel-size",
+        "2",
+        "--routing",
+        "step",
+        "--capacity-factor",
+        "0.5",
+        "--max-steps",
+        "2",
+    )
+    directory, text = run(data, tmp_path / "out", *flags, world_size=2)
+    assert "2 active of a pool of 2" in text and "capacity factor 0.5" in text
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    first, second = [line for line in lines if "loss" in line]
+    for line, tokens in ((first, first["tokens"]), (second, second["tokens"] - first["tokens"])):
+        assert 128 < tokens <= 256
+        assert line["router/dropped_share"] == pytest.approx(1 - 128 / tokens)
+
+
+def test_a_run_with_a_capacity_goes_on_without_where_none_share(tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl")
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    flags = ("--deepspeed-config", str(tmp_path / "ds.json"), "--capacity-factor", "0.5", "--save-steps", "1")
+    directory, _ = run(data, tmp_path / "out", "--max-steps", "1", *flags, world_size=2)
+    resume = [str(REPOSITORY / "train_ds.py"), "--resume", str(directory), "--max-steps", "2"]
+    code, text = finish(start(resume))
+    assert code == 2 and text.splitlines()[-1].endswith("here none do: use --capacity-factor none"), text
+    code, text = finish(start([*resume, "--capacity-factor", "none"]))
+    assert code == 0 and "capacity factor" not in text, text
+    assert set(losses(directory)) == {1, 2}
 
 
 def test_weights_go_to_every_placement_and_back(tmp_path):

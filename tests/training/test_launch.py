@@ -41,12 +41,29 @@ print(f"rank {rank} saved after {signals}", flush=True)
 """
 
 
-class Run:
-    """Two ranks of RANK_PROGRAM under the watch."""
+REFUSING_PROGRAM = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from training.command_line import run_script
+from training.config import UserError
 
-    def __init__(self, directory: Path, mode: str):
+def main():
+    rank = int(os.environ["RANK"])
+    time.sleep(5 - rank)  # the watch must have seen the ranks, and rank 1 is the first to find it
+    if rank == 1 or sys.argv[-1] == "all ranks":
+        raise UserError("it is so")
+    time.sleep(60)
+
+run_script(main)
+"""
+
+
+class Run:
+    """Two ranks of a program under the watch."""
+
+    def __init__(self, directory: Path, mode: str, program: str = RANK_PROGRAM):
         script = directory / "rank program.py"
-        script.write_text(RANK_PROGRAM)
+        script.write_text(program)
         command = [
             sys.executable,
             ROOT / "training" / "launch.py",
@@ -109,6 +126,14 @@ def test_an_error_the_rank_has_explained_gets_no_second_line(tmp_path):
     code, output = Run(tmp_path, "user error").end()
     assert code == 2
     assert "error:" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("who", "speaker"), [("all ranks", "error"), ("rank 1", "error (rank 1)")])
+def test_what_ranks_find_is_said_once(tmp_path, who, speaker):
+    code, output = Run(tmp_path, who, REFUSING_PROGRAM).end()
+    assert code == 2
+    assert [line for line in output.splitlines() if "error" in line] == [f"{speaker}: it is so"]
 
 
 @pytest.mark.slow

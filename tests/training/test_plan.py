@@ -140,19 +140,25 @@ def test_streamed_experts_fill_their_budget():
         ({"placement": "resident", "expert_vram": "1GB"}, ("--expert-vram 1GB", "--placement streamed")),
         ({"placement": "zero3", "expert_state": "bf16"}, ("--expert-state bf16", "--placement streamed")),
         ({"placement": "resident", "expert_page_size": 2}, ("--expert-page-size 2", "streamed or zero3")),
-        ({"expert_parallel_size": 2}, ("--expert-parallel-size 2", "streamed", "--placement resident")),
         (
-            {"placement": "zero3", "expert_parallel_size": 2},
+            {"expert_parallel_size": 2, "world_size": 2},
+            ("--expert-parallel-size 2", "streamed", "--placement resident"),
+        ),
+        (
+            {"placement": "zero3", "expert_parallel_size": 2, "world_size": 2},
             ("--expert-parallel-size 2", "zero3", "--placement resident"),
         ),
         (
             {"placement": "resident", "expert_parallel_size": 3, "world_size": 4},
             ("--expert-parallel-size 3", "8 experts and 4 ranks", "use 2 or 4"),
         ),
-        ({"capacity_factor": 1.5}, ("--capacity-factor 1.5", "streamed", "--placement resident")),
+        (
+            {"capacity_factor": 1.5, "world_size": 2},
+            ("--capacity-factor 1.5", "streamed", "--placement resident"),
+        ),
         (
             {"placement": "resident", "capacity_factor": 1.5, "world_size": 2},
-            ("--capacity-factor 1.5", "use --expert-parallel-size with 2"),
+            ("--capacity-factor 1.5", "use --capacity-factor none, or --expert-parallel-size 2"),
         ),
         ({"capacity_factor": 0}, ("--capacity-factor must be at least 0.01",)),
         (
@@ -167,6 +173,30 @@ def test_what_cannot_work_is_one_line_with_the_way_out(settings, words):
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ways_out"),
+    [
+        ({"placement": placement, flag: 2, "world_size": ranks}, 1 + (ranks == 4))
+        for placement, flag in (
+            ("streamed", "capacity_factor"), ("zero3", "capacity_factor"), ("resident", "capacity_factor"),
+            ("auto", "capacity_factor"), ("streamed", "expert_parallel_size"),
+        )
+        for ranks in (1, 3, 4)  # 8 experts
+    ] + [({"placement": "resident", "expert_vram": "1GB"}, 2)],
+)  # fmt: skip
+def test_every_way_out_works(settings, ways_out):
+    with pytest.raises(UserError, match=": use --") as error:
+        plan_of(**settings)
+    ways = str(error.value).split(": use ")[1].split(", or ")
+    assert len(ways) == ways_out
+    for way in ways:
+        words = way.removeprefix("use ").split()
+        found = {
+            flag[2:].replace("-", "_"): value for flag, value in zip(words[::2], words[1::2], strict=True)
+        }
+        plan_of(**{**settings, **found})
 
 
 def test_the_least_budget_that_is_named_works():

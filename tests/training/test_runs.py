@@ -20,6 +20,9 @@ from tests.training.runs import (
     without_shape,
     write_rows,
 )
+from train_ds import dry_run
+from training.command_line import parse
+from training.config import UserError
 
 STEPS = ("--max-steps", "8", "--save-steps", "3")
 
@@ -321,6 +324,28 @@ def test_another_layout_is_refused(data, uninterrupted, tmp_path):
     assert f"a resumed run goes on in {whole}" in bad(data, tmp_path, *where[:2])
     line = bad(data, tmp_path, *where, "--placement", "zero3")
     assert "placement resident" in line and "zero3" in line and "--init-from" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--use-cache-augmentation",), ("--use-cache-augmentation", "--stage cache --init-from")),
+        (("--init-from", "RUN", "--value-refresh", "3"), ("--value-refresh", "head")),
+        (("--resume", "RUN", "--load-balance", "bias"), ("router bias False, this run has True",)),
+        (("--streaming", "--max-steps", "none"), ("--streaming needs --max-steps",)),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses(data, uninterrupted, tmp_path, flags, words):
+    whole, _ = uninterrupted
+    flags = [str(whole) if flag == "RUN" else flag for flag in flags]
+    output = whole.parent if "--resume" in flags else tmp_path / "out"
+    given = command(data, output, *flags)
+    given = without_shape(given) if str(whole) in flags else given
+    with pytest.raises(UserError) as refused:
+        dry_run(parse(given[1:]))
+    code, text = finish(start(given))
+    assert code == 2 and text.splitlines()[-1] == f"error: {refused.value}", text
+    assert all(word in text for word in words) and "Traceback" not in text
 
 
 @pytest.mark.parametrize(
