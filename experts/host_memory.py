@@ -35,6 +35,7 @@ class Mapping(mmap.mmap):
     def __del__(self):
         if self.address:
             with contextlib.suppress(Exception):  # the interpreter may be half gone
+                torch.cuda.synchronize()  # copies from and to it may still be under way
                 torch.cuda.cudart().cudaHostUnregister(self.address)
 
 
@@ -68,6 +69,8 @@ def host_array(shape: tuple[int, ...], dtype: torch.dtype, lock: bool) -> Tensor
 
 def locked_copy(tensor: Tensor) -> Tensor:
     """A copy of a host tensor in page-locked memory of exactly its size, which goes back to the system with it."""
+    if not tensor.numel():
+        return tensor.clone()
     # No view: one would keep the memory when DeepSpeed gives it other `data`.
     return host_array(tuple(tensor.shape), tensor.dtype, lock=True).copy_(tensor.detach()).data
 

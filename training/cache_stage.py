@@ -87,7 +87,7 @@ def check_stage(
         )
     if args.value_refresh and args.stage == "cache":
         raise UserError(
-            "--value-refresh has no effect in --stage cache, which trains no value head: leave it out"
+            "--value-refresh has no effect in --stage cache, which trains no value head: use --value-refresh 0"
         )
     if args.value_refresh and not config.tree:
         raise UserError("--value-refresh needs a value head to train: add --use-tree-of-thoughts")

@@ -156,6 +156,7 @@ def claim_run(new: Path, resume_from: Path | None, is_main: bool):
     import torch.distributed as dist
 
     box, held = [None, None], None
+    dist.barrier()  # all ranks have read `resume_from`, whose name `tidy` may change
     if is_main:
         try:
             run = _new_directory(new) if resume_from is None else resume_from.absolute().parent

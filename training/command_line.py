@@ -57,7 +57,8 @@ def launcher_flags() -> list[str]:
     """The flags of `training/launch.py`, which strips them off before a script sees the rest."""
     from training.launch import launcher_parser  # which imports this file
 
-    return [*launcher_parser()._option_string_actions]
+    shown = (action for action in launcher_parser()._actions if action.help != argparse.SUPPRESS)
+    return [flag for action in shown for flag in action.option_strings]
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,9 +77,8 @@ class Parser(argparse.ArgumentParser):
         parsed, extras = self.parse_known_args(args, namespace)
         flags = [extra.split("=")[0] for extra in extras if extra.startswith("-") and extra != "-"]
         if flags:
-            launcher = (
-                None if getattr(parsed, "plan", False) else LAUNCHED.get(self.prog)
-            )  # a plan has no ranks
+            is_plan = getattr(parsed, "plan", False)  # which has no ranks
+            launcher = None if is_plan else LAUNCHED.get(self.prog)
             others = launcher_flags() if launcher else []
             if flags[0] in others:
                 raise UserError(
@@ -168,7 +168,7 @@ def parse(argv: Sequence[str] | None = None) -> RunArguments:
     parser = Parser(
         prog="train_ds.py",
         description="Train a Mixture-of-Experts language model.",
-        epilog="none unsets an option that need not have a value, also where --config or --resume sets it.",
+        epilog="The value none unsets an option that need not have one, also where --config or --resume sets it.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings; flags override it")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
@@ -254,7 +254,9 @@ def _read_yaml(path: str) -> dict[str, Any]:
             raise UserError(f"{where}: {key} is for --plan, on the command line: --plan --{key} …")
         flag = "--" + key.replace("_", "-")
         if name is None and flag in launcher_flags():
-            raise UserError(f"{where}: {key} is for the launcher, on the command line: {flag} …")
+            raise UserError(
+                f"{where}: {key} is for the launcher, on the command line: {flag} … (--plan: --gpus)"
+            )
         if name is None:
             raise UserError(f"{where}: unknown setting {key}{did_you_mean(key, fields)}")
         if name in values:
@@ -281,7 +283,7 @@ def run_script(main: Callable[[], int | None]) -> typing.NoReturn:
         sys.exit(main() or 0)
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
-        if rank > 0:
+        if rank > 0 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             with contextlib.suppress(KeyboardInterrupt):
                 time.sleep(RANK_0_SECONDS)
         print(f"error{f' (rank {rank})' * (rank > 0)}: {error}", file=sys.stderr, flush=True)

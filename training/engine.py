@@ -70,9 +70,8 @@ def start_ranks(device_type: str, local_rank: int = 0) -> Ranks:
                 f"rank {local_rank} of this machine finds {gpus} GPUs: start as many ranks as GPUs"
             )
         torch.cuda.set_device(local_rank)
-        get_accelerator()._torch_pin_memory = (
-            locked_copy  # DeepSpeed's offloaded state, which torch rounds up
-        )
+        # DeepSpeed's offloaded weights and state, whose page-locked arrays torch would round up.
+        get_accelerator()._torch_pin_memory = locked_copy
     say_what_is_compiled()
     if not torch.distributed.is_initialized():
         init_process_group("nccl" if device_type == "cuda" else "gloo")

@@ -139,11 +139,10 @@ def estimate(
     stage base, and all else in stage cache unless `joint`. Activations are those of an even load.
     """
     weight, state = (4, 8) if precision == "fp32" else (2, 12)
-    is_lean = ds_config.get("bf16", {}).get(
-        "bf16_optimizer_states"
-    )  # and then master weights and gradients too
-    if is_lean:
-        state = 6
+    bf16 = ds_config.get("bf16", {})
+    is_rounded = bf16.get("bf16_master_weights_and_grads") or bf16.get("bf16_optimizer_states")
+    if is_rounded:
+        state = 6 if bf16.get("bf16_optimizer_states") else 10
     zero = ds_config["zero_optimization"]
     experts = config.num_hidden_layers * config.num_experts * config.expert_params()
     zero_stage, parameters, coprocessor = zero["stage"], config.num_params(), config.coprocessor_params()
@@ -178,7 +177,7 @@ def estimate(
         page = page_size * config.expert_params() if placement == "zero3" else 0
         working = weight * (min(live, local) + page + min(zero.get("reduce_bucket_size", 5e8), local))
     # DeepSpeed has offloaded gradients once more, in the precision of the master weights.
-    offloaded = states + gradients * (1 if is_lean else 4 / weight)
+    offloaded = states + gradients * (1 if is_rounded else 4 / weight)
     in_host = weights + (gradients if weight == 2 else 0)  # with ZeRO-3 and its offload_param
     if placement == "zero3":
         return MemoryEstimate(WORKSPACE + activations + working, process + offloaded + in_host)

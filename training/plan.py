@@ -150,10 +150,21 @@ def check_layout(checkpoint: Path, plan: Plan, args: TrainingArguments) -> None:
             )
     was_shared_by = state.get("expert_parallel", 1)
     if layout["zero_stage"] == 0 and was_shared_by != plan.expert_parallel:
+        again = (
+            "that size" if plan.world_size % was_shared_by == 0 else f"a multiple of {was_shared_by} ranks"
+        )
         raise UserError(
             f"{checkpoint} was trained with --expert-parallel-size {was_shared_by}, this run has "
-            f"{plan.expert_parallel}, and without ZeRO that cannot change: use that size, or --init-from"
+            f"{plan.expert_parallel}, and without ZeRO that cannot change: use {again}, or --init-from"
         )
+
+
+def check_fp16() -> None:
+    """Raises UserError on a processor without fp16."""
+    from deepspeed.accelerator import get_accelerator
+
+    if not get_accelerator().is_fp16_supported():
+        raise UserError("this processor has no fp16: use --precision bf16 or fp32")
 
 
 def make_plan(
@@ -203,6 +214,8 @@ def make_plan(
                 _device_memory(device, args),
             )
             page_size = stream.page_size
+        if device == "cpu" and deepspeed_config.precision_of(ds_config) == "fp16":
+            check_fp16()
         expert_parallel = 1
         if placement == "resident" and has_frozen_experts(config, args):
             if (args.expert_parallel_size or 1) > 1:
@@ -219,7 +232,7 @@ def make_plan(
                 json_is_default=not args.deepspeed_config,
             )
         if args.capacity_factor and expert_parallel == 1 and placement == "resident":
-            most = most_that_share(config, args, world_size)
+            most = 1 if args.deepspeed_config else most_that_share(config, args, world_size)
             raise UserError(
                 f"--capacity-factor {args.capacity_factor} is for GPUs that share experts, and here none do: use "
                 "--capacity-factor none" + f", or --expert-parallel-size {most}" * (most > 1)
@@ -329,12 +342,16 @@ def refuse_idle_expert_flags(
     config: PragnosiaConfig, args: TrainingArguments, placement: str, world_size: int
 ) -> None:
     """Raises UserError for a setting of `idle_expert_flags`, with ways out that work on so many ranks."""
-    most = most_that_share(config, args, world_size)
-    for flag, placements in idle_expert_flags(args, placement).items():
-        others = f", or --placement {placements}"
+    most = (
+        1 if args.deepspeed_config else most_that_share(config, args, world_size)
+    )  # it may be for streamed ones
+    for setting, placements in idle_expert_flags(args, placement).items():
+        flag, others = setting.split()[0], f", or --placement {placements}"
         if placements == "resident":  # a setting of experts that are shared
             others = f"{others} --expert-parallel-size {most}" * (most > 1)
-        raise UserError(f"{flag} has no effect on {placement} experts: use {flag.split()[0]} none{others}")
+        if flag == "--nvme-path":
+            flag = "--expert-store host" + " --expert-ram none" * bool(args.expert_ram) + " --nvme-path"
+        raise UserError(f"{setting} has no effect on {placement} experts: use {flag} none{others}")
 
 
 def most_that_share(config: PragnosiaConfig, args: TrainingArguments, world_size: int) -> int:

@@ -462,7 +462,7 @@ def launch_words(
     """The command that runs a combination: the fields that were given, but for flags that would be `idle`, and
     what was chosen; `file` is where its JSON will be."""
     chosen = found.combination
-    kept = (name for name in given if flag_of(FIELDS[name]) not in (*CHOSEN, *idle))
+    kept = (name for name in given if flag_of(FIELDS[name]) not in (*CHOSEN, *idle) and given[name] != "none")
     words = [word for name in kept for word in words_of(name, given[name])]
     words += ["--placement", chosen.placement]
     if chosen.json is None:

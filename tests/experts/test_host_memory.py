@@ -8,6 +8,7 @@ import sys
 import psutil
 import pytest
 import torch
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -120,11 +121,35 @@ def test_page_locked_until_the_tensor_is_gone():
 
 @pytest.mark.gpu
 def test_a_copy_is_exactly_as_large():
-    """3 MB and 4 bytes; what DeepSpeed pins goes through it, gradients of nothing recorded."""
+    """3 MB and 4 bytes, without the history of what was copied."""
     tensor = torch.randn(3 * MEGABYTE // 4 + 1, requires_grad=True)
     copy = locked_copy(tensor)
     assert torch.equal(copy, tensor) and copy.is_leaf and not copy.requires_grad
     assert copy.is_pinned() and copy.untyped_storage().nbytes() == 3 * MEGABYTE + 4
+
+
+def test_deepspeed_pins_through_the_hook(monkeypatch):
+    """That `start_ranks` sets; torch's own would be taken without a word if DeepSpeed named it otherwise."""
+    accelerator = CUDA_Accelerator()
+    monkeypatch.setattr(Mapping, "lock", lambda mapping: True)  # there may be no GPU
+    monkeypatch.setattr(accelerator, "_torch_pin_memory", locked_copy, raising=True)
+    for size in (0, 5):
+        assert torch.equal(accelerator.pin_memory(torch.ones(size)), torch.ones(size))
+    gc.collect()
+    before = sum(len(mapping) for mapping in live_mappings())
+    kept = accelerator.pin_memory(torch.ones(MEGABYTE))
+    assert sum(len(mapping) for mapping in live_mappings()) - before == kept.nbytes
+
+
+@pytest.mark.gpu
+def test_ranks_on_a_gpu_set_it():
+    code = (
+        "import gc, torch\nfrom training.engine import start_ranks\nfrom experts.host_memory import Mapping\n"
+        "from deepspeed.accelerator import get_accelerator\nstart_ranks('cuda')\n"
+        "kept = get_accelerator().pin_memory(torch.ones(1 << 20))\n"
+        "assert kept.is_pinned() and sum(isinstance(thing, Mapping) for thing in gc.get_objects()) == 1"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_copy_does_not_outlive_its_data(monkeypatch):

@@ -109,6 +109,7 @@ def test_every_field_is_set_by_its_flag(settings, name):
             "--num-gpus is for the launcher, which starts ranks of train_ds.py: ./launch.sh train ",
         ),
         (["--hostfiles", "hosts"], "unknown option --hostfiles: did you mean --hostfile?"),
+        (["--run_id", "x"], "unknown option --run-id; --help lists all"),  # which the launcher hides
         (["--plan", "--num-gpus", "2"], "unknown option --num-gpus: did you mean --gpus?"),
         (["--epochs", "1", "--epochs", "2"], "--epochs is set twice"),
         (["--batch-size=1", "--batch_size=2"], "--batch-size is set twice"),

@@ -17,6 +17,7 @@ from training.config import TrainingArguments
 from training.deepspeed_config import DIRECTORY
 from training.engine import freeze
 from training.estimate import (
+    PROCESS,
     MemoryEstimate,
     StreamPlan,
     activation_bytes,
@@ -236,3 +237,6 @@ def test_optimizer_state_in_bf16_is_counted_as_measured():
         ds_config = {"zero_optimization": zero, "bf16": {"bf16_optimizer_states": in_bf16}}
         host = estimate(preset_config("3B"), ds_config, **settings).host
         assert host / 1e9 == pytest.approx(measured, rel=0.1)
+    ds_config["bf16"] = {"bf16_master_weights_and_grads": True}  # and fp32 moments: 16 bytes a parameter
+    host = estimate(preset_config("3B"), ds_config, **settings).host
+    assert host == pytest.approx(PROCESS + 16 * preset_config("3B").num_params())

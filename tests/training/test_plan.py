@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
+from deepspeed.accelerator import get_accelerator
 
 from experts.budget import device_bytes
 from experts.host_memory import available_bytes
@@ -17,7 +19,7 @@ from model.presets import preset_config
 from tests.training.runs import REPOSITORY, environment
 from training.components import COMPONENTS
 from training.config import TrainingArguments, UserError
-from training.plan import Plan, check_host_memory, make_plan
+from training.plan import Plan, check_host_memory, check_layout, make_plan
 
 
 def plan_of(config=None, world_size=1, device="cpu", **settings) -> Plan:
@@ -184,7 +186,15 @@ def test_what_cannot_work_is_one_line_with_the_way_out(settings, words):
             ("auto", "capacity_factor"), ("streamed", "expert_parallel_size"),
         )
         for ranks in (1, 3, 4)  # 8 experts
-    ] + [({"placement": "resident", "expert_vram": "1GB"}, 2)],
+    ] + [
+        ({"placement": "resident", "expert_vram": "1GB"}, 2),
+        pytest.param(
+            {"placement": "resident", "expert_store": "nvme", "nvme_path": "/tmp", "expert_ram": "1GB"}, 2,
+            marks=pytest.mark.libaio,
+        ),
+        ({"deepspeed_config": "1B_consumer", "capacity_factor": 1.0, "world_size": 2}, 1),
+        ({"placement": "auto", "deepspeed_config": "cpu_zero3", "expert_vram": "1GB"}, 2),
+    ],
 )  # fmt: skip
 def test_every_way_out_works(settings, ways_out):
     with pytest.raises(UserError, match=": use --") as error:
@@ -197,6 +207,26 @@ def test_every_way_out_works(settings, ways_out):
             flag[2:].replace("-", "_"): value for flag, value in zip(words[::2], words[1::2], strict=True)
         }
         plan_of(**{**settings, **found})
+
+
+def test_fp16_needs_a_processor_that_has_it(monkeypatch):
+    for has_fp16 in (True, False):
+        monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda has=has_fp16: has)
+        for placement in ("resident", "zero3"):
+            with nullcontext() if has_fp16 else pytest.raises(UserError, match="no fp16: use --precision bf"):
+                assert plan_of(placement=placement, precision="fp16").precision == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "way_out"), [(1, "a multiple of 2 ranks"), (3, "a multiple of 2 ranks"), (4, "that size")]
+)
+def test_without_zero_as_many_ranks_share_the_experts_as_before(tmp_path, ranks, way_out):
+    args = TrainingArguments(placement="resident", expert_parallel_size=1)
+    plan = plan_of(placement="resident", expert_parallel_size=1, world_size=ranks)
+    state = plan.layout(args) | {"expert_parallel": 2, "step": 3}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match=f"--expert-parallel-size 2, .* use {way_out}, or --init-from"):
+        check_layout(tmp_path, plan, args)
 
 
 def test_the_least_budget_that_is_named_works():
