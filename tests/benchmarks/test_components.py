@@ -60,6 +60,13 @@ def test_rows_of_arms_alone(scripts, tmp_path):
     assert trained[2][trained[2].index("--init-from") + 1].endswith("base-0/pragnosia_1")
 
 
+def test_arms_that_start_from_the_base_have_steps_of_their_own(scripts, tmp_path):
+    arms = ("--steps", "8", "--later-steps", "5", "--answers", "--arms", "base", "light")
+    assert [(row["arm"], row["steps"]) for row in run(tmp_path, *arms)] == [("base", 8), ("light", 5)]
+    trained = [words for name, words in scripts if name == "train_ds.py"]
+    assert [words[words.index("--max-steps") + 1] for words in trained] == ["8", "5"]
+
+
 @pytest.mark.parametrize("scripts", [{"--use-neural-memory"}], indirect=True)
 def test_arms_side_by_side_have_no_speed_and_one_that_fails_is_a_row(scripts, tmp_path):
     words = ("--side-by-side", "3", "--seeds", "0", "1", "--answers", "--arms", "base", "memory", "lora")
