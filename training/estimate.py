@@ -162,10 +162,13 @@ def estimate(
     if stage == "cache":
         activations += micro_batch_size * coprocessor_bytes(config, weight, max_length)
         targets = micro_batch_size * cache["num_traces"] * cache["num_ahead_tokens"]
-    # A chunk of logits in fp32 and rounded; the gradient of the head, in fp32 where chunks add up.
-    activations += config.vocab_size * (
-        min(targets, LOSS_CHUNK) * (4 + weight) + width * (weight + 4 * (targets > LOSS_CHUNK))
-    )
+    # A chunk of logits in fp32 and rounded; later, inside a fetched page, what its rows' experts compute again.
+    logits, inside = config.vocab_size * min(targets, LOSS_CHUNK) * (4 + weight), 0.0
+    if placement == "zero3":
+        rows = tokens * config.num_experts_per_tok * page_size / config.num_experts
+        inside = 4 * weight * rows * config.moe_intermediate_size
+    # The gradient of the head, in fp32 where chunks add up.
+    activations += max(logits, inside) + config.vocab_size * width * (weight + 4 * (targets > LOSS_CHUNK))
     # In the update DeepSpeed holds the gradients flat and once more in fp32, when activations are gone.
     peak = max(activations, 0 if precision == "fp32" else 6 * states / state)
     working = 0.0
