@@ -150,9 +150,8 @@ def check_layout(checkpoint: Path, plan: Plan, args: TrainingArguments) -> None:
             )
     was_shared_by = state.get("expert_parallel", 1)
     if layout["zero_stage"] == 0 and was_shared_by != plan.expert_parallel:
-        again = (
-            "that size" if plan.world_size % was_shared_by == 0 else f"a multiple of {was_shared_by} ranks"
-        )
+        can = plan.world_size % was_shared_by == 0
+        again = "that size" if can else f"a multiple of {was_shared_by} ranks"
         raise UserError(
             f"{checkpoint} was trained with --expert-parallel-size {was_shared_by}, this run has "
             f"{plan.expert_parallel}, and without ZeRO that cannot change: use {again}, or --init-from"
@@ -342,9 +341,8 @@ def refuse_idle_expert_flags(
     config: PragnosiaConfig, args: TrainingArguments, placement: str, world_size: int
 ) -> None:
     """Raises UserError for a setting of `idle_expert_flags`, with ways out that work on so many ranks."""
-    most = (
-        1 if args.deepspeed_config else most_that_share(config, args, world_size)
-    )  # it may be for streamed ones
+    # A JSON that was named may offload parameters, which experts that are shared cannot.
+    most = 1 if args.deepspeed_config else most_that_share(config, args, world_size)
     for setting, placements in idle_expert_flags(args, placement).items():
         flag, others = setting.split()[0], f", or --placement {placements}"
         if placements == "resident":  # a setting of experts that are shared
