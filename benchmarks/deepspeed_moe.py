@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import Qwen3MoeForCausalLM
 
 from experts.placement import ordinary_placement
-from kernels.reference import RouterStatistics, Routing, swiglu
+from kernels.reference import RouterStatistics, swiglu
 from model import PragnosiaConfig, PragnosiaForCausalLM
 from model.attention import rotary
 from model.causal_lm import CausalLMOutput
@@ -105,7 +105,7 @@ def with_classic_layers(config: PragnosiaConfig, size: int) -> PragnosiaForCausa
 
 
 class ClassicBlock(nn.Module):
-    """What a decoder layer asks of a `MoEBlock`; the layer routes by itself, so there is nothing to hand over."""
+    """The classic layer, which routes by itself, in the place of a `MoEBlock`."""
 
     experts = None  # no bank of ours, whose capacity a layer would ask for
 
@@ -123,14 +123,11 @@ class ClassicBlock(nn.Module):
             top2_2nd_expert_sampling=False,
         )
 
-    def gate(self, hidden_TD: Tensor, *_) -> tuple[Routing, RouterStatistics]:
-        """Nothing, in the form of a router's answer."""
-        zero = torch.zeros((), device=hidden_TD.device)
-        return Routing(*[None] * 5), RouterStatistics(zero, zero, zero, zero.expand(self.num_experts))
-
-    def forward(self, hidden_TD: Tensor, *_) -> Tensor:
+    def forward(self, hidden_TD: Tensor, *_) -> tuple[Tensor, RouterStatistics]:
+        """Its output, and zeros for a router's statistics."""
         output_TD, _, _ = self.moe(hidden_TD)
-        return output_TD
+        zero = torch.zeros((), device=hidden_TD.device)
+        return output_TD, RouterStatistics(zero, zero, zero, zero.expand(self.num_experts))
 
 
 class Expert(nn.Module):

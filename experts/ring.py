@@ -38,20 +38,19 @@ class Slot:
 
 
 def make_slot(size: int, store: BankStore, device: torch.device) -> Slot:
-    """A slot for R = `size` experts."""
-    buffers = {
-        name: torch.empty(size, count, dtype=dtype, device=device)
-        for name, (dtype, count) in store.kept.items()
-    }
+    """A slot for R = `size` experts, in one piece of memory; the longest rows first, so that all are aligned."""
+    kept = sorted(store.kept.items(), key=lambda quantity: -quantity[1][1])
+    room = [size * count * dtype.itemsize for _, (dtype, count) in kept]
+    memory = torch.empty(sum(room), dtype=torch.uint8, device=device)
+    places = zip(kept, memory.split(room), strict=True)
+    buffers = {name: place.view(dtype).view(size, count) for (name, (dtype, count)), place in places}
     weight_RP = buffers["weight"]
     if store.layout.ranks > 1:  # its parts would each need room to gather into
         return Slot(buffers, weight_RP.new_empty(size, store.layout.row_size))
-    slot, needed = Slot(buffers, weight_RP), weight_RP.nbytes
-    for buffer in buffers.values():
-        count = buffer.nbytes // needed if needed % 16 == 0 else int(buffer is weight_RP)  # products want 16
-        for memory in buffer.view(-1).view(torch.uint8)[: count * needed].view(count, needed):
-            rows_RP = memory.view(weight_RP.dtype).view_as(weight_RP)
-            slot.parts.append(Slot({"weight": rows_RP}, rows_RP, slot))
+    slot = Slot(buffers, weight_RP)
+    for place in memory.unfold(0, weight_RP.nbytes, weight_RP.nbytes):
+        rows_RP = place.view(weight_RP.dtype).view_as(weight_RP)
+        slot.parts.append(Slot({"weight": rows_RP}, rows_RP, slot))
     return slot
 
 
@@ -71,8 +70,9 @@ class SlotRing:
         self.stores, self.idle, self.group = stores, deque(slots), group
         self.device = slots[0].weight_RP.device
         self.on_gpu = self.device.type == "cuda"
-        streams = (torch.cuda.Stream(self.device) if self.on_gpu else None for _ in range(2))
-        self.upload, self.download = streams
+        self.upload, self.download = (
+            torch.cuda.Stream(self.device) if self.on_gpu else None for _ in range(2)
+        )
         self.idle_parts: deque[Slot] = deque()
         self.announced: deque[Page] = deque()
         self.travelling: deque[Slot] = deque()  # on their way or there, and not taken
@@ -116,7 +116,7 @@ class SlotRing:
             store.received(page, done)
             self.written |= dict.fromkeys(((page.layer, expert) for expert in page.experts), done)
             slot.free = (done,)
-        self._return(slot)
+        (self.idle if slot.whole is None else self.idle_parts).append(slot)
         self._advance()
 
     def cancel(self) -> None:
@@ -127,7 +127,7 @@ class SlotRing:
         while self.travelling:
             slot = self.travelling.popleft()
             slot.free = (slot.uploaded,)
-            self._return(slot)
+            (self.idle if slot.whole is None else self.idle_parts).append(slot)
 
     def synchronize(self) -> None:
         """Wait until the stores hold what was released."""
@@ -165,9 +165,6 @@ class SlotRing:
                 slot.free = tuple(event for part in slot.parts for event in part.free)
                 return slot
         return None
-
-    def _return(self, slot: Slot) -> None:
-        (self.idle if slot.whole is None else self.idle_parts).append(slot)
 
     def _upload(self) -> bool:
         """Bring the next page to a slot, which may still be read or downloaded; False where none is idle."""

@@ -70,8 +70,9 @@ class StreamedBank(nn.Module):
         super().__init__()
         self.stream, self.layer = experts, layer
 
-    def forward(self, hidden_TD: Tensor, routing: Routing) -> Tensor:
-        return StreamedFunction.apply(self.stream, self.layer, hidden_TD, routing.weights_TK, routing)
+    def forward(self, hidden_TD: Tensor, routing: Routing, passes: list | None = None) -> Tensor:
+        """passes: empty in the first pass of a checkpointed layer; the second only makes the graph of backward."""
+        return StreamedFunction.apply(self.stream, self.layer, hidden_TD, routing.weights_TK, routing, passes)
 
 
 @dataclass
@@ -105,17 +106,23 @@ class StreamedFunction(torch.autograd.Function):
     """A bank's output; its backward also updates the bank."""
 
     @staticmethod
-    def forward(ctx, stream, layer: int, hidden_TD: Tensor, weights_TK: Tensor, routing: Routing) -> Tensor:
-        token_N = routing.order_N // weights_TK.shape[1]
+    def forward(ctx, stream, layer: int, hidden_TD: Tensor, weights_TK: Tensor, routing: Routing, passes):
+        ctx.stream, order_N = stream, routing.order_N
+        if passes:
+            ctx.visit, order_N = passes.pop()
+            ctx.save_for_backward(hidden_TD, weights_TK, order_N)
+            return torch.zeros_like(hidden_TD)
+        token_N = order_N // weights_TK.shape[1]
         rows_ND = hidden_TD.new_empty(len(token_N), hidden_TD.shape[1])
-        visit = stream.begin(layer, routing.counts_E)
+        ctx.visit = visit = stream.begin(layer, routing.counts_E)
         for page in stream.visited(visit):
             if page.rows.stop > page.rows.start:
                 middle_NF = swiglu(*gate_and_up(hidden_TD[token_N[page.rows]], page))
                 rows_ND[page.rows] = grouped_matmul(middle_NF, page.down_RDF.transpose(1, 2), page.groups)
-        ctx.stream, ctx.visit = stream, visit
-        ctx.save_for_backward(hidden_TD, weights_TK, routing.order_N)
-        if ctx.needs_input_grad[2]:
+        ctx.save_for_backward(hidden_TD, weights_TK, order_N)
+        if passes is not None:
+            passes.append((visit, order_N))
+        if passes or ctx.needs_input_grad[2]:
             stream.expect_backward(visit)
         return combine(rows_ND, routing)
 
@@ -139,7 +146,7 @@ class StreamedFunction(torch.autograd.Function):
         stream.end_backward(ctx.visit)
         places_TK = inverse(order_N).view_as(weights_TK)
         grad_weights_TK = grad_weight_N[places_TK].to(weights_TK.dtype)
-        return None, None, unpermute(grad_rows_ND, places_TK), grad_weights_TK, None
+        return None, None, unpermute(grad_rows_ND, places_TK), grad_weights_TK, None, None
 
 
 def gate_and_up(input_ND: Tensor, page: VisitedPage) -> tuple[Tensor, Tensor]:
@@ -202,8 +209,8 @@ class StreamedExperts(Placement):
         rows = 0 if frozen else settings.page_size
         self.gradient_RP = torch.zeros(rows, self.layout.row_size, dtype=dtype, device=device)
         self.refused = torch.zeros((), dtype=torch.int64, device=device)
-        rates = {"lr": settings.adamw.lr, "weight_decay": settings.adamw.weight_decay}
-        self.groups = ({"name": "experts", **rates},)
+        adamw = settings.adamw
+        self.groups = ({"name": "experts", "lr": adamw.lr, "weight_decay": adamw.weight_decay},)
         self.accumulated: list[set[int]] = [set() for _ in layers]
         self.all_pages = [page for layer in layers for page in self._light(layer, range(self.num_experts))]
         self.planned: list[Page] = []  # by this forward, for its backward
@@ -222,8 +229,7 @@ class StreamedExperts(Placement):
 
     def take_refused(self) -> int:
         self.updating = False  # whoever asks has finished the step
-        count = int(self.refused)
-        self.refused.zero_()
+        count, self.refused = int(self.refused), torch.zeros_like(self.refused)
         return count
 
     def begin(self, layer: int, counts_E: Tensor) -> Visit:

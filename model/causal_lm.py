@@ -1,7 +1,6 @@
 """The decoder and its causal language-model head, as `transformers` models."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,11 +11,10 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import ModelOutput
 
 from experts.page import ExpertPage
-from kernels.reference import Routing
 from model.answers import AnswerMethods
 from model.attention import Attention, RMSNorm, rotary
 from model.cache_augmentation import Coprocessor, cache_of_traces, trace_losses
-from model.capacity import drops, within_capacity
+from model.capacity import drops
 from model.config import PragnosiaConfig
 from model.extended_cache import Extended
 from model.generation_cache import detach, hold_states
@@ -87,25 +85,37 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, LayerStatistics]:
         """The layer's output and its statistics.
 
-        With `checkpointing` each half keeps its input alone (2 D values a token in all) and is recomputed in
-        backward. A bank that recomputes by itself is left alone: its weights would travel once more.
+        With `checkpointing` it keeps its input alone (D values a token) and is recomputed in backward: reentrant,
+        because ZeRO-3 releases a weight after the recomputed forward and fetches it again only for a backward
+        through a graph that the recompute has built. A bank that recomputes by itself gets a list, in which it
+        leaves its first pass for the second, lest its weights travel once more.
         """
-        run = partial(recomputed, self.memory is not None) if checkpointing else call
         choice = PoolChoice(hidden_BSD.shape[0], mask, cache, self.self_attn.layer_idx)
-        hidden_BSD, hidden_TD, *rest = run(
-            self.attend_and_route, hidden_BSD, rotary_BSC, mask, valid_T, cache, documents_BM, choice
+        inputs = hidden_BSD, rotary_BSC, mask, valid_T, cache, documents_BM, choice
+        if not checkpointing:
+            hidden_BSD, *statistics = self.compute(*inputs)
+            return hidden_BSD, LayerStatistics(*statistics)
+        passes = ([],) if getattr(self.mlp.experts, "recomputes", False) else ()
+        draws = self.memory is not None  # random numbers: the same ones again
+        hidden_BSD, *statistics = checkpoint(
+            self.compute, *inputs, *passes, use_reentrant=True, preserve_rng_state=draws
         )
-        routing, statistics = rest[: len(Routing._fields)], rest[len(Routing._fields) :]
-        recompute = checkpointing and not getattr(self.mlp.experts, "recomputes", False)
-        expert_TD = (partial(recomputed, False) if recompute else call)(self.mlp, hidden_TD, *routing)
-        return hidden_BSD + expert_TD.view_as(hidden_BSD), LayerStatistics(*statistics)
+        return hidden_BSD, LayerStatistics(*statistics)
 
-    def attend_and_route(
-        self, hidden_BSD: Tensor, rotary_BSC, mask, valid_T, cache, documents_BM, choice: PoolChoice
+    def compute(
+        self,
+        hidden_BSD: Tensor,
+        rotary_BSC: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        valid_T: Tensor | None,
+        cache,
+        documents_BM: Tensor | None,
+        choice: PoolChoice,
+        *passes: list,
     ) -> tuple[Tensor, ...]:
-        """The residual stream after attention, the bank's input [T, D], routing and statistics, all flat.
+        """The layer's output and, flat, its statistics.
 
-        Statistics are outputs, not side effects: a recompute does not count them again.
+        Those are outputs, not side effects: a recompute does not count them again.
         """
         input_BSD, memory_statistics = self.input_layernorm(hidden_BSD), []
         added_BSD = self.self_attn(input_BSD, rotary_BSC, mask, cache)
@@ -114,24 +124,8 @@ class DecoderLayer(nn.Module):
             added_BSD = added_BSD + read_BSD
         hidden_BSD = hidden_BSD + added_BSD
         hidden_TD = self.post_attention_layernorm(hidden_BSD).flatten(0, 1)
-        routing, statistics = self.mlp.gate(hidden_TD, valid_T, choice)
-        if self.training and getattr(self.mlp.experts, "capacity_factor", None):
-            routing = within_capacity(routing, self.mlp.experts.capacity(len(hidden_TD)), valid_T)
-        return hidden_BSD, hidden_TD, *routing, *statistics, *memory_statistics
-
-
-def call(function, *inputs):
-    """function(*inputs)."""
-    return function(*inputs)
-
-
-def recomputed(draws: bool, function, *inputs):
-    """function(*inputs), keeping only its inputs for backward. draws: random numbers, the same ones again then.
-
-    Reentrant, because ZeRO-3 releases a weight after the recomputed forward and fetches it again only for a
-    backward through a graph that the recompute has built.
-    """
-    return checkpoint(function, *inputs, use_reentrant=True, preserve_rng_state=draws)
+        expert_TD, statistics = self.mlp(hidden_TD, valid_T, choice, *passes)
+        return hidden_BSD + expert_TD.view_as(hidden_BSD), *statistics, *memory_statistics
 
 
 class PragnosiaPreTrainedModel(PreTrainedModel):

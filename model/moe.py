@@ -7,28 +7,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experts.resident import ResidentBank
-from kernels.reference import Routing, swiglu
+from kernels.reference import RouterStatistics, Routing, swiglu
+from model.capacity import within_capacity
 from model.config import PragnosiaConfig
 from model.router import Router
-from model.step_routing import StepRouter
+from model.step_routing import PoolChoice, StepRouter
 
 BuildBank = Callable[[PragnosiaConfig], nn.Module]
 
 
 class MoEBlock(nn.Module):
-    """A router, and the bank it routes to; knows not where the bank's weights live (see `experts/`).
-
-    The two are called apart, because activation checkpointing treats them apart (see `DecoderLayer`).
-    """
+    """A router, and the bank it routes to; knows not where the bank's weights live (see `experts/`)."""
 
     def __init__(self, config: PragnosiaConfig, build_bank: BuildBank = ResidentBank):
         super().__init__()
         self.gate = StepRouter(config) if config.routing == "step" else Router(config)
         self.experts = build_bank(config)
 
-    def forward(self, hidden_TD: Tensor, *routing: Tensor) -> Tensor:
-        """The experts' outputs, weighted and summed; the routing comes flat."""
-        return self.experts(hidden_TD, Routing(*routing))
+    def forward(
+        self, hidden_TD: Tensor, valid_T: Tensor | None, choice: PoolChoice, *passes: list
+    ) -> tuple[Tensor, RouterStatistics]:
+        """The experts' outputs, weighted and summed, and the router's statistics. passes: see `DecoderLayer`."""
+        routing, statistics = self.gate(hidden_TD, valid_T, choice)
+        if self.training and getattr(self.experts, "capacity_factor", None):
+            routing = within_capacity(routing, self.experts.capacity(len(hidden_TD)), valid_T)
+        return self.experts(hidden_TD, routing, *passes), statistics
 
 
 def moe_loop(

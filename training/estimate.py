@@ -92,7 +92,7 @@ def activation_bytes(
     if not checkpointing:
         memory *= len(config.memory_layers())
         return weight * config.num_hidden_layers * sum(layers) + memory * sum(seen)
-    kept = 2 * width * config.num_hidden_layers * sum(each.tokens for each in passes)
+    kept = width * config.num_hidden_layers * sum(each.tokens for each in passes)
     return weight * (kept + max(layers)) + memory * max(seen)
 
 
