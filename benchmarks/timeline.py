@@ -46,6 +46,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--max-length", type=int, default=512)
     options.add_argument("--num-gpus", type=int, default=1)
     options.add_argument("--gradient-checkpointing", action="store_true")
+    options.add_argument("--expert-state", choices=("fp32", "bf16", "int8"), help="default: bf16")
+    options.add_argument("--expert-vram", help="as of train_ds.py, whose default is this one's too")
     options.add_argument("--steps", type=int, default=5, help="timed before the recorded one")
     options.add_argument("--trace", type=Path, help="keep the Chrome trace there")
     options.add_argument("--output", type=Path, default=DIRECTORY, help="default: benchmarks/results")
@@ -160,6 +162,8 @@ def main() -> None:
             steps=args.steps,
             num_gpus=args.num_gpus,
             gradient_checkpointing=args.gradient_checkpointing,
+            expert_state=args.expert_state,
+            expert_vram=args.expert_vram,
             record=True,
             trace=str(trace),
         )
