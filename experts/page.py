@@ -30,7 +30,7 @@ class Groups:
     """How many consecutive rows each expert of a page has: on the host `sizes`, on the device `ends_R`, found from
     the counts where they are asked for; whoever has them sets them, and spares a wait."""
 
-    counts_R: Tensor
+    counts_R: Tensor | None = None
 
     @cached_property
     def sizes(self) -> list[int]:

@@ -77,9 +77,11 @@ class SlotRing:
         self.announced: deque[Page] = deque()
         self.travelling: deque[Slot] = deque()  # on their way or there, and not taken
         self.written: dict[tuple[int, int], torch.cuda.Event] = {}  # when an expert last reached its store
+        self.compute: torch.cuda.Stream | None = None  # where pages are computed with
 
     def announce(self, pages: Sequence[Page]) -> None:
-        """These pages will be taken next. What was announced before is forgotten, unless it begins with them."""
+        """Take these pages next, on this stream. What was announced before is forgotten, unless it begins so."""
+        self.compute = torch.cuda.current_stream(self.device) if self.on_gpu else None
         if pages and not self.is_next(pages[0]):
             self.cancel()
             for page in pages:
@@ -100,12 +102,12 @@ class SlotRing:
             found_room = self._upload()
             assert found_room, "fewer pages are held than there are slots"
         slot = self.travelling.popleft()
-        self._wait(None, slot.uploaded)
+        self._wait(self.compute, slot.uploaded)
         return slot
 
     def release(self, slot: Slot, changed: Iterable[str] = ()) -> None:
         """The computation that reads the slot has been launched; `changed` quantities go back to the store."""
-        slot.free = (self._mark(None),)
+        slot.free = (self._mark(self.compute),)
         if changed:
             page, store = slot.page, self.stores[slot.page.layer]
             self._wait(self.download, *slot.free)
@@ -186,15 +188,13 @@ class SlotRing:
         self.travelling.append(slot)
         return True
 
-    # Streams and events; None is the computation's stream and, on a CPU, every event.
-
     def _on(self, stream: torch.cuda.Stream) -> AbstractContextManager:
         return torch.cuda.stream(stream) if self.on_gpu else nullcontext()
 
     def _mark(self, stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
-        """The end of a stream's work so far."""
-        return (stream or torch.cuda.current_stream(self.device)).record_event() if self.on_gpu else None
+        """The end of a stream's work so far; on a CPU streams and events are None."""
+        return stream.record_event() if self.on_gpu else None
 
     def _wait(self, stream: torch.cuda.Stream | None, *events: torch.cuda.Event | None) -> None:
         for event in filter(None, events):
-            (stream or torch.cuda.current_stream(self.device)).wait_event(event)
+            stream.wait_event(event)

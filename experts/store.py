@@ -6,6 +6,7 @@ number of whole blocks of it. Rank r keeps slice r of every row.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
@@ -32,8 +33,8 @@ class RowLayout:
     def weights(self, rows_RP: Tensor) -> tuple[Tensor, Tensor]:
         """Views of whole rows: gate above up [R, 2 F, D], and down [R, D, F]."""
         width, size = self.expert_width, self.hidden_size
-        gate_up, down, _ = rows_RP.tensor_split((2 * width * size, self.values), dim=1)
-        return gate_up.unflatten(1, (2 * width, size)), down.unflatten(1, (size, width))
+        gate_up, down = rows_RP[:, : 2 * width * size], rows_RP[:, 2 * width * size : self.values]
+        return gate_up.view(-1, 2 * width, size), down.view(-1, size, width)
 
     def own(self, projections: dict[str, Tensor]) -> Tensor:
         """What this rank's slice begins with, of the weights [R, F, D] or [R, D, F] of each projection."""
@@ -76,11 +77,12 @@ Transfer = tuple[slice, str, Tensor]
 """Rows of a slot, a quantity, and where in host memory it comes from or goes to: one copy."""
 
 
-def runs(experts: tuple[int, ...]) -> Iterator[tuple[slice, slice]]:
+@lru_cache(4096)
+def runs(experts: tuple[int, ...]) -> list[tuple[slice, slice]]:
     """Consecutive experts as (rows of the slot, rows of the store): each is one copy."""
-    for ahead, run in groupby(enumerate(experts), lambda place: place[1] - place[0]):
-        rows = [row for row, _ in run]
-        yield slice(rows[0], rows[-1] + 1), slice(rows[0] + ahead, rows[-1] + ahead + 1)
+    found = groupby(enumerate(experts), lambda place: place[1] - place[0])
+    rows_of = ((ahead, [row for row, _ in run]) for ahead, run in found)
+    return [(slice(r[0], r[-1] + 1), slice(r[0] + ahead, r[-1] + ahead + 1)) for ahead, r in rows_of]
 
 
 class BankStore:

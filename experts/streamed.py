@@ -208,7 +208,7 @@ class StreamedExperts(Placement):
         self.ring = SlotRing(self.stores, slots, gathering)
         rows = 0 if frozen else settings.page_size
         self.gradient_RP = torch.zeros(rows, self.layout.row_size, dtype=dtype, device=device)
-        self.refused = torch.zeros((), dtype=torch.int64, device=device)
+        self.squares: list[Tensor] = []  # of the step's gradients, by page
         adamw = settings.adamw
         self.groups = ({"name": "experts", "lr": adamw.lr, "weight_decay": adamw.weight_decay},)
         self.accumulated: list[set[int]] = [set() for _ in layers]
@@ -229,8 +229,8 @@ class StreamedExperts(Placement):
 
     def take_refused(self) -> int:
         self.updating = False  # whoever asks has finished the step
-        count, self.refused = int(self.refused), torch.zeros_like(self.refused)
-        return count
+        squares, self.squares = [torch.zeros(1, device=self.device), *self.squares], []
+        return int((~torch.cat(squares).isfinite()).sum())
 
     def begin(self, layer: int, counts_E: Tensor) -> Visit:
         """Learn how many rows each expert has; before that, send the pages on their way if all are fetched."""
@@ -266,8 +266,8 @@ class StreamedExperts(Placement):
         ends_N = torch.tensor(ends, dtype=torch.int32).to(self.device, non_blocking=True)
         for page, ends_R in zip(pages, ends_N.split([len(page.experts) for page in pages]), strict=True):
             rows = slice(starts[page.experts[0]], starts[page.experts[-1] + 1])
-            groups = Groups(torch.tensor([starts[e + 1] - starts[e] for e in page.experts]))
-            groups.ends_R = ends_R
+            groups = Groups()
+            groups.sizes, groups.ends_R = [starts[e + 1] - starts[e] for e in page.experts], ends_R
             slot = self.ring.take(page)
             visited = VisitedPage(slot, rows, groups, *self.layout.weights(slot.weight_RP[: len(ends_R)]))
             yield visited
@@ -293,11 +293,10 @@ class StreamedExperts(Placement):
         page.changed = tuple(self.kept) if visit.boundary else ("accumulator",)
         if not visit.boundary:
             return
-        squares_R = sum_of_squares(gradient_RP)
+        self.squares.append(squares_R := sum_of_squares(gradient_RP))
         if self.group is not None:
             dist.all_reduce(squares_R, group=self.group)
-        factor_R, refused_R = clip_factors(squares_R, self.settings.max_norm, 1 / self.layout.ranks)
-        self.refused += refused_R.sum()
+        factor_R = clip_factors(squares_R, self.settings.max_norm, 1 / self.layout.ranks)
         lr, weight_decay = self.groups[0]["lr"], self.groups[0]["weight_decay"]
         rules = self.settings.adamw._replace(lr=lr, weight_decay=weight_decay)
         update_rows({name: buffers[name] for name in self.kept}, gradient_RP, factor_R, rules, seed)

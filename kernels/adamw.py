@@ -120,19 +120,19 @@ def sum_of_squares(grad_RP: Tensor) -> Tensor:
     return torch.linalg.vector_norm(grad_RP, dim=1, dtype=torch.float32).square_()
 
 
-def clip_factors(sum_squares_R: Tensor, max_norm: float, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """What `update_rows` multiplies each row's gradient by, and which rows are refused.
+def clip_factors(sum_squares_R: Tensor, max_norm: float, scale: float = 1.0) -> Tensor:
+    """What `update_rows` multiplies each row's gradient by.
 
     The gradient is to count as scale · g and, clipped row by row as by `torch.nn.utils.clip_grad_norm_`, to have
     a norm of at most max_norm (0: any). factor_R (fp32): scale · min(1, max_norm / (norm + 1e-6)), and 0 where the
-    sum of squares is 0 or not finite. refused_R (bool): where it is not finite, which includes finite gradients
-    whose squares pass the range of fp32 (a norm of 1.8e19 before scaling; 4e15 in every place of 20 M values).
+    sum of squares is 0 or not finite, which includes finite gradients whose squares pass the range of fp32 (a norm
+    of 1.8e19 before scaling; 4e15 in every place of 20 M values).
     """
-    refused_R = ~sum_squares_R.isfinite()
-    factor_R = torch.full_like(sum_squares_R, scale)
-    if max_norm > 0:
-        factor_R *= (max_norm / (sum_squares_R.sqrt() * scale + 1e-6)).clamp(max=1)
-    return factor_R.masked_fill_(refused_R | (sum_squares_R == 0), 0.0), refused_R
+    if max_norm > 0:  # infinity makes it 0
+        factor_R = (max_norm / (sum_squares_R.sqrt() + 1e-6 / scale)).clamp_(max=scale)
+    else:
+        factor_R = (sum_squares_R < torch.inf) * scale
+    return torch.where(sum_squares_R > 0, factor_R, 0.0)
 
 
 def round_to_bfloat16(value_RP: Tensor, bits_RP: Tensor) -> Tensor:

@@ -47,9 +47,7 @@ def obstacle(device: torch.device, num_experts: int, num_active: int, width: int
     if num_active > MOST_ACTIVE or num_experts > MOST_EXPERTS or width > WIDEST:
         return f"kernels take at most {MOST_ACTIVE} of {MOST_EXPERTS:,} experts and {WIDEST:,} values a token"
     interpreted = _wanted == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    on_gpu = (
-        device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (7, 5)
-    )
+    on_gpu = device.type == "cuda" and torch.version.cuda and capability(device) >= (7, 5)
     if not (on_gpu or interpreted):
         return "kernels need an NVIDIA GPU of compute capability 7.5 or later"
     if not interpreted and not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
@@ -114,11 +112,10 @@ def moves(values: Tensor, places_TK: Tensor) -> Operations:
 
 def has_grouped_gemm(rows: Tensor) -> bool:
     """Whether `F.grouped_mm` has a kernel of its own for this device and dtype (elsewhere it loops, slower)."""
-    return (
-        rows.is_cuda
-        and rows.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(rows.device) >= (9, 0)
-    )
+    return rows.is_cuda and rows.dtype == torch.bfloat16 and capability(rows.device) >= (9, 0)
+
+
+capability = functools.cache(torch.cuda.get_device_capability)  # asking takes as long as launching a kernel
 
 
 def triton_grouped_gemm(rows: Tensor) -> Callable[..., Tensor] | None:
@@ -130,7 +127,7 @@ def triton_grouped_gemm(rows: Tensor) -> Callable[..., Tensor] | None:
         _wanted == "triton"
         and rows.is_cuda
         and rows.dtype in (torch.bfloat16, torch.float16)
-        and torch.cuda.get_device_capability(rows.device)[0] == 8
+        and capability(rows.device)[0] == 8
     )
     if not on_ampere or torch.are_deterministic_algorithms_enabled():
         return None

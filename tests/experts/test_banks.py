@@ -160,7 +160,7 @@ def test_which_library_multiplies_on_which_gpu(monkeypatch):
     found = {}
     try:
         for capability in ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0)):
-            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, given=capability: given)
+            monkeypatch.setattr(dispatch, "capability", lambda _, given=capability: given)
             monkeypatch.setattr("deepspeed.ops.triton_ops.is_triton_available", lambda: True)
             for kernels in ("triton", "auto", "reference"):
                 dispatch.use(kernels)
@@ -170,7 +170,7 @@ def test_which_library_multiplies_on_which_gpu(monkeypatch):
                     found[capability, kernels, dtype] = (dispatch.has_grouped_gemm(rows), triton is not None)
         rows = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=None)
         dispatch.use("triton")
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+        monkeypatch.setattr(dispatch, "capability", lambda _: (8, 0))
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
         assert dispatch.triton_grouped_gemm(rows) is None
     finally:

@@ -79,7 +79,7 @@ class Resident:
             parameters = [getattr(bank, name) for name in PROJECTIONS]
             rows = torch.cat([p.detach().flatten(1) for p in parameters], 1).cpu()
             grads = torch.cat([p.grad.flatten(1) for p in parameters], 1).cpu()
-            factors, _ = clip_factors(sum_of_squares(grads), s.max_norm)
+            factors = clip_factors(sum_of_squares(grads), s.max_norm)
             update_rows(state | {"weight": rows}, grads, factors, s.adamw, 0)
             parts = rows.split([p[0].numel() for p in parameters], 1)
             for parameter, part in zip(parameters, parts, strict=True):
