@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -70,14 +69,13 @@ class SlotRing:
         self.stores, self.idle, self.group = stores, deque(slots), group
         self.device = slots[0].weight_RP.device
         self.on_gpu = self.device.type == "cuda"
-        self.upload, self.download = (
-            torch.cuda.Stream(self.device) if self.on_gpu else None for _ in range(2)
-        )
+        self.upload = self.download = self.compute = None  # streams
+        if self.on_gpu:
+            self.upload, self.download = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
         self.idle_parts: deque[Slot] = deque()
         self.announced: deque[Page] = deque()
         self.travelling: deque[Slot] = deque()  # on their way or there, and not taken
         self.written: dict[tuple[int, int], torch.cuda.Event] = {}  # when an expert last reached its store
-        self.compute: torch.cuda.Stream | None = None  # where pages are computed with
 
     def announce(self, pages: Sequence[Page]) -> None:
         """Take these pages next, on this stream. What was announced before is forgotten, unless it begins so."""
@@ -91,8 +89,7 @@ class SlotRing:
 
     def is_next(self, page: Page) -> bool:
         """Whether this page is the one to be taken next."""
-        upcoming = self.travelling[0].page if self.travelling else next(iter(self.announced), None)
-        return upcoming == page
+        return page == (self.travelling[0].page if self.travelling else next(iter(self.announced), None))
 
     def take(self, page: Page) -> Slot:
         """The slot that holds the page; computation waits for its upload."""
@@ -111,9 +108,10 @@ class SlotRing:
         if changed:
             page, store = slot.page, self.stores[slot.page.layer]
             self._wait(self.download, *slot.free)
-            with self._on(self.download):
-                for here, name, host in store.receive(page, changed):
-                    host.copy_(slot.buffers[name][here], non_blocking=True)
+            self._switch(self.download)
+            for here, name, host in store.receive(page, changed):
+                host.copy_(slot.buffers[name][here], non_blocking=True)
+            self._switch(self.compute)
             done = self._mark(self.download)
             store.received(page, done)
             self.written |= dict.fromkeys(((page.layer, expert) for expert in page.experts), done)
@@ -177,19 +175,22 @@ class SlotRing:
         store = self.stores[page.layer]
         written = {self.written.get((page.layer, expert)) for expert in page.experts}
         self._wait(self.upload, *slot.free, *written)
-        with self._on(self.upload):
-            for here, name, host in store.fetch(page):
-                slot.buffers[name][here].copy_(host, non_blocking=True)
-            store.fetched(page, self._mark(self.upload))
-            if self.group is not None:
-                rows = slice(len(page.experts))
-                gather_rows(slot.buffers["weight"][rows], slot.weight_RP[rows], self.group)
+        self._switch(self.upload)
+        for here, name, host in store.fetch(page):
+            slot.buffers[name][here].copy_(host, non_blocking=True)
+        store.fetched(page, self._mark(self.upload))
+        if self.group is not None:
+            rows = slice(len(page.experts))
+            gather_rows(slot.buffers["weight"][rows], slot.weight_RP[rows], self.group)
+        self._switch(self.compute)
         slot.uploaded = self._mark(self.upload)
         self.travelling.append(slot)
         return True
 
-    def _on(self, stream: torch.cuda.Stream) -> AbstractContextManager:
-        return torch.cuda.stream(stream) if self.on_gpu else nullcontext()
+    def _switch(self, stream: torch.cuda.Stream | None) -> None:
+        """Copies go to this stream from now on; `torch.cuda.stream` would look up the one before, twice a page."""
+        if self.on_gpu:
+            torch.cuda.set_stream(stream)
 
     def _mark(self, stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
         """The end of a stream's work so far; on a CPU streams and events are None."""

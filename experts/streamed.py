@@ -297,8 +297,7 @@ class StreamedExperts(Placement):
         if self.group is not None:
             dist.all_reduce(squares_R, group=self.group)
         factor_R = clip_factors(squares_R, self.settings.max_norm, 1 / self.layout.ranks)
-        lr, weight_decay = self.groups[0]["lr"], self.groups[0]["weight_decay"]
-        rules = self.settings.adamw._replace(lr=lr, weight_decay=weight_decay)
+        rules = self.settings.adamw._replace(**{key: self.groups[0][key] for key in ("lr", "weight_decay")})
         update_rows({name: buffers[name] for name in self.kept}, gradient_RP, factor_R, rules, seed)
         self.updating = True
 
