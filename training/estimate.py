@@ -92,7 +92,8 @@ def activation_bytes(
     if not checkpointing:
         memory *= len(config.memory_layers())
         return weight * config.num_hidden_layers * sum(layers) + memory * sum(seen)
-    kept = width * config.num_hidden_layers * sum(each.tokens for each in passes)
+    # The input of every layer, and of the one at work its output and the gradient of that.
+    kept = width * (config.num_hidden_layers + 2) * sum(each.tokens for each in passes)
     return weight * (kept + max(layers)) + memory * max(seen)
 
 
@@ -186,10 +187,10 @@ def estimate(
         return MemoryEstimate(WORKSPACE + activations + working, process + offloaded + in_host)
     stream_device, stream_host = (stream.device, stream.host) if stream else (0.0, 0.0)
     if stream is not None:
-        # Rows of a layer on their way through its experts, and what a page holds inside of them.
+        # Gradients of a layer's rows; of a page's share of them input, gradients and what is inside its experts.
         rows = tokens * config.num_experts_per_tok * weight
-        inside = 6 * config.moe_intermediate_size * stream.page_size / config.num_experts
-        activations += rows * (2 * width + inside)
+        share = min(1.0, stream.page_size / (config.expert_pool or config.num_experts))
+        activations += rows * (width + share * (3 * width + 8 * config.moe_intermediate_size))
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         host = process + stream_host + offloaded
         if stream is not None and zero_stage == 3:
