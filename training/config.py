@@ -211,6 +211,12 @@ class TrainingArguments(Checked):
         4, "rows a GPU computes at once (a microbatch)", flag="batch-size", minimum=1
     )
     gradient_accumulation_steps: int = option(1, "microbatches an optimizer update", minimum=1)
+    segments: int = option(
+        1,
+        "parts of a row that are trained one after the other: each goes on from the keys and memories of the one "
+        "before, whose gradients end there",
+        minimum=1,
+    )
     learning_rate: float = option(1e-4, "peak learning rate", minimum=0)
     local_learning_rate: float = option(1e-3, "peak learning rate of the experts' parameters", minimum=0)
     lr_scheduler_type: str = option(
@@ -354,6 +360,18 @@ class TrainingArguments(Checked):
             raise UserError("--nvme-path and --expert-ram need --expert-store nvme")
         if "none" in self.reporters and len(self.reporters) > 1:
             raise UserError("--report-to none cannot stand beside others")
+        if self.segments > 1 and self.gradient_checkpointing:
+            raise UserError(
+                "--gradient-checkpointing would recompute segments after what they go on from has moved on: leave "
+                "it out, or use more --segments, which take less memory"
+            )
+        if self.segments > 1 and self.stage == "cache":
+            raise UserError("--segments is for --stage base: leave it out")
+
+    @property
+    def backward_passes(self) -> int:
+        """Of an optimizer update: its microbatches, and their segments."""
+        return self.gradient_accumulation_steps * self.segments
 
     @property
     def requested_placement(self) -> str:

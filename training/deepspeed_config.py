@@ -178,7 +178,7 @@ def load(
     _check_section(str(file), sections, top_level(), offered=[*BATCH_KEYS, EXPERT_PARALLEL])
     sections["zero_optimization"] = {"stage": 0} | sections["zero_optimization"]
     _check_placement(file, sections["zero_optimization"], placement)
-    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    micro, accumulation = args.per_device_train_batch_size, args.backward_passes
     completed = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,

@@ -150,7 +150,7 @@ def _streamed_experts(plan: Plan, args: TrainingArguments, ranks: Ranks) -> Stre
             page_size=plan.page_size,
             num_slots=plan.stream.num_slots,
             state=plan.stream.state,
-            accumulate=args.gradient_accumulation_steps > 1,
+            accumulate=args.backward_passes > 1,
             fetch_all=plan.config.routing == "token",
             max_norm=args.gradient_clip,
             adamw=AdamW(args.local_learning_rate, *ADAM_BETAS, 1e-8, args.weight_decay),

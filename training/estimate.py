@@ -56,11 +56,12 @@ class Pass:
     readers: int = 0
 
 
-def passes_of(config: PragnosiaConfig, length: int, stage: str, joint: bool) -> list[Pass]:
-    """In stage base rows of that length. In stage cache the traces of a row, each with its latents and the tokens
-    after them; the queries of a coprocessor that is a model; and, jointly, the rows too."""
+def passes_of(config: PragnosiaConfig, length: int, segments: int, stage: str, joint: bool) -> list[Pass]:
+    """In stage base the last segment of rows of that length, which sees those before. In stage cache the traces of
+    a row, each with its latents and the tokens after them; the queries of a coprocessor that is a model; and,
+    jointly, the rows too."""
     if stage == "base":
-        return [Pass(length)]
+        return [Pass(length // segments, length - length // segments)]
     traces, latents, kind = (config.cache[name] for name in ("num_traces", "num_latents", "coprocessor"))
     passes = [Pass(traces * (latents + config.cache["num_ahead_tokens"]), length, joint)]
     if kind in ("copy", "lora", "soft"):
@@ -123,6 +124,7 @@ def estimate(
     precision: str,
     micro_batch_size: int,
     max_length: int,
+    segments: int = 1,
     checkpointing: bool,
     world_size: int,
     stream: StreamPlan | None = None,
@@ -157,7 +159,7 @@ def estimate(
         for needed, without, size in ((3, 0, weight), (2, frozen, weight), (1, frozen, state))
     )
     width, cache = config.hidden_size, config.cache
-    passes = passes_of(config, max_length, stage, joint)
+    passes = passes_of(config, max_length, segments, stage, joint)
     activations = micro_batch_size * activation_bytes(config, passes, weight, placement, checkpointing)
     tokens = targets = micro_batch_size * max(each.tokens for each in passes)
     if stage == "cache":

@@ -62,7 +62,9 @@ class Plan:
             f"(ZeRO stage {self.ds_config['zero_optimization']['stage']}); "
             f"{self.precision} on {self.world_size} x {self.device}",
             f"batch       {micro} rows x {accumulation} microbatches x {self.world_size} ranks = "
-            f"{micro * accumulation * self.world_size} rows of {max_length} tokens a step",
+            f"{micro * accumulation * self.world_size} rows of {max_length} tokens a step"
+            + f", each in {args.segments} segments"
+            * (args.segments > 1),
             f"memory      about {self.memory}",
             *(f"note        {flag} has no effect: experts fit in GPU memory" for flag in self.idle_flags),
         ]
@@ -126,6 +128,8 @@ def plan_run(
 
     if data_args.streaming and args.max_steps is None:
         raise UserError(STREAM_NEEDS_STEPS)
+    if data_args.max_length % args.segments:
+        raise UserError(f"--segments {args.segments} must divide --max-length {data_args.max_length}")
     config = copy.deepcopy(model)
     add_components(config, args, **components)
     plan = make_plan(
@@ -244,6 +248,7 @@ def make_plan(
             precision=deepspeed_config.precision_of(ds_config),
             micro_batch_size=args.per_device_train_batch_size,
             max_length=max_length,
+            segments=args.segments,
             checkpointing=args.gradient_checkpointing,
             world_size=world_size,
             stream=stream,
@@ -373,7 +378,7 @@ def plan_stream(
     sizes = {
         "state": state,
         "precision": precision,
-        "accumulate": args.gradient_accumulation_steps > 1,
+        "accumulate": args.backward_passes > 1,
         "ranks": world_size,
     }
     if (args.expert_page_size or 0) > config.num_experts:

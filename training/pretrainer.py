@@ -63,7 +63,7 @@ from training.metrics import (
 from training.plan import STREAM_NEEDS_STEPS, Plan, check_host_memory, plan_run, resolve_device
 from training.randomness import random_state, set_random_state, set_seeds
 from training.schedule import learning_rate_factor
-from training.step import StepResult, reduce_results, train_step
+from training.step import StepResult, in_segments, reduce_results, train_step
 from training.universal import UNIVERSAL_CLIENT_STATE, load_state, to_universal
 from training.weights import Source, directory_weights, fill_counts, initial_weights, model_weights
 
@@ -262,7 +262,7 @@ class Pretrainer:
         if self.own_answers is not None:
             self.own_answers.refresh(partial(draw_answers, self.engine, self.tokenizer), self.step)
             self.own_answers.mix(microbatches, self.loader, self.step)
-        result = train_step(self.engine, microbatches)
+        result = train_step(self.engine, in_segments(microbatches, self.args.segments))
         is_moving = self.step < (1 - BIASES_REST) * (self.total_steps or self.step + 1)
         if self.args.load_balance == "bias" and self.args.stage == "base" and result.applied and is_moving:
             load_LE = result.load_LE.clone()
@@ -305,7 +305,7 @@ class Pretrainer:
     def _log(self, window: list[StepResult], seconds: float, waited: float) -> None:
         sums, load_LE = reduce_results(window)
         targets, tokens = max(1.0, sums["targets"]), max(1.0, sums["tokens"])
-        rows = len(window) * self.plan.ds_config["train_batch_size"]
+        rows = len(window) * self.plan.ds_config["train_batch_size"] // self.args.segments
         loss = sums["loss_sum"] / targets
         metrics = {
             "loss": loss,

@@ -354,6 +354,8 @@ def combinations(
         raise UserError(f"--plan is for bf16: leave --precision {args.precision} out")
     if args.expert_store == "nvme":
         raise UserError("--plan knows no disks: leave --expert-store nvme out")
+    if args.segments > 1:
+        raise UserError(f"--plan knows whole rows alone: leave --segments {args.segments} out")
     if has_frozen_experts(config, args):
         raise UserError(
             "--plan is for experts that learn: leave --stage cache, or --coprocessor copy, out of it"

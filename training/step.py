@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import DynamicCache
 
 Batch = dict[str, Tensor]
 
@@ -43,6 +45,8 @@ def train_step(engine, microbatches: list[Batch]) -> StepResult:
     A microbatch whose loss is not finite on some rank is left out on all of them. If a later one fails when
     gradients have begun to accumulate, an empty batch takes its place, because DeepSpeed reduces gradients in
     the last backward; if every one fails, the step is not applied.
+
+    A microbatch that is a later segment of its rows (see `in_segments`) goes on from the one before it.
     """
     device = engine.device
     counts = torch.tensor([[count_targets(b), count_tokens(b), count_values(b)] for b in microbatches])
@@ -53,12 +57,15 @@ def train_step(engine, microbatches: list[Batch]) -> StepResult:
     keys = ("loss_sum", "targets", "tokens", "balance", "z", "entropy")
     sums = {key: torch.zeros((), dtype=torch.float64, device=device) for key in keys}
     load_LE, grad_norm, started, applied = None, None, False, False
+    goes_on = [b["document_ids"].shape != b["input_ids"].shape for b in microbatches] + [False]
     for index, batch in enumerate(microbatches):
         is_last = index == len(microbatches) - 1
         engine.set_gradient_accumulation_boundary(is_last)
         targets, tokens = count_targets(batch), count_tokens(batch)
         batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-        output = engine(**batch, **whole)
+        if not goes_on[index]:
+            cache = DynamicCache() if goes_on[index + 1] else None
+        output = engine(**batch, **whole, past_key_values=cache)
         if finite_everywhere(output.loss):
             sums["loss_sum"] += output.loss_sum.detach()
             sums["targets"] += targets
@@ -90,6 +97,22 @@ def train_step(engine, microbatches: list[Batch]) -> StepResult:
     return StepResult(started, applied, num_tokens, sums, load_LE, grad_norm, refused)
 
 
+def in_segments(microbatches: list[Batch], count: int) -> list[Batch]:
+    """Each microbatch cut in `count` parts of its rows, in order. `document_ids` of a part are those of the whole
+    row so far. The first token of a later part is no target."""
+
+    def part(batch: Batch, start: int, stop: int) -> Batch:
+        return {key: x[:, (key != "document_ids") * start : stop] for key, x in batch.items()}
+
+    if count == 1:
+        return microbatches
+    parts = []
+    for batch in microbatches:
+        ends = range(0, batch["input_ids"].shape[1] + 1, batch["input_ids"].shape[1] // count)
+        parts += [part(batch, start, stop) for start, stop in pairwise(ends)]
+    return parts
+
+
 def count_targets(batch: Batch) -> int:
     """Targets of a batch: those after its traces, if it has any. Position 0 has nothing to be predicted from."""
     if "ahead_labels" in batch:
@@ -99,7 +122,7 @@ def count_targets(batch: Batch) -> int:
 
 def count_tokens(batch: Batch) -> int:
     """Tokens that are not padding."""
-    return int((batch["document_ids"] > 0).sum())
+    return int((batch["document_ids"][:, -batch["input_ids"].shape[1] :] > 0).sum())
 
 
 def count_values(batch: Batch) -> int:
@@ -108,8 +131,9 @@ def count_values(batch: Batch) -> int:
 
 
 def empty_like(batch: Batch) -> Batch:
-    """A batch of the same shape without tokens and targets."""
-    return {key: torch.full_like(x, -100 if key.endswith("labels") else 0) for key, x in batch.items()}
+    """A batch of the same shape without tokens and targets, and with nothing before them."""
+    own = batch | {"document_ids": batch["input_ids"]}
+    return {key: torch.full_like(x, -100 if key.endswith("labels") else 0) for key, x in own.items()}
 
 
 def finite_everywhere(loss: Tensor) -> bool:

@@ -5,8 +5,8 @@ usage: layouts.py LAYOUTS.json OUT.pt — a list of layouts in, a list of result
 A layout is a dictionary: `stage`, and what differs from one rank's plain fp32 run: `placement`, `page_size`,
 `slots`, `state`, `offload` (cpu, optimizer, or a directory for nvme), `precision`, `accumulation`, `clip`,
 `checkpointing`, `z`, `router`, `pool`, `expert_parallel`, `capacity`, `rows` (how many each rank has), `memory`
-(the window of the layer that has one), `steps` (numbers of the batches trained on), `poisoned` and `emptied`
-(lists of [step, row]); with `plain` it is PyTorch alone.
+(the window of the layer that has one), `segments`, `steps` (numbers of the batches trained on), `poisoned` and
+`emptied` (lists of [step, row]); with `plain` it is PyTorch alone.
 """
 
 import json
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_grad
+from transformers import DynamicCache
 
 from experts import canonical, exported_name
 from experts.placement import ordinary_placement
@@ -35,7 +36,7 @@ from training import deepspeed_config
 from training.config import TrainingArguments
 from training.engine import DTYPES, build_engine, build_model, build_placement, start_ranks
 from training.estimate import StreamPlan
-from training.step import count_targets, reduce_results, train_step
+from training.step import count_targets, in_segments, reduce_results, train_step
 from training.weights import exported_tensors, fill, initial_weights, joined
 
 VOCAB, LENGTH, ROWS, STEPS = 64, 24, 4, 20
@@ -132,7 +133,7 @@ def place(layout: dict, args: TrainingArguments, ranks):
 
 
 def train_plain(layout: dict) -> dict:
-    """The same in PyTorch alone: the whole batch at once, mean loss, clipping, AdamW."""
+    """The same in PyTorch alone: the whole batch or its segments, mean loss, clipping, AdamW."""
     model = PragnosiaForCausalLM(model_config(layout))
     fill(model, SOURCE)
     groups = {kind: {"params": [], "lr": RATE, "weight_decay": 0.1} for kind in ("dense", "norms", "experts")}
@@ -143,14 +144,18 @@ def train_plain(layout: dict) -> dict:
     optimizer = torch.optim.AdamW(groups.values(), betas=(0.9, 0.95), eps=1e-8)
     losses, norms, gradients = [], [], {}
     for step in layout["steps"]:
-        batch = rows_of_step(step, layout)
-        output = model(**batch)
-        output.loss.backward()
+        parts = in_segments([rows_of_step(step, layout)], layout.get("segments", 1))
+        targets, tokens = sum(map(count_targets, parts)), int((parts[-1]["document_ids"] > 0).sum())
+        cache, loss = DynamicCache() if len(parts) > 1 else None, 0.0
+        for part in parts:
+            output = model(**part, past_key_values=cache, num_targets=targets, num_tokens=tokens)
+            output.loss.backward()
+            loss += output.loss_sum.item()
         gradients = gradients or {name: p.grad.clone() for name, p in model.named_parameters()}
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(output.loss_sum.item() / count_targets(batch))
+        losses.append(loss / targets)
     weights = dict(exported_tensors(model))
     return {"losses": losses, "norms": norms, "weights": weights, "gradients": gradients}
 
@@ -165,6 +170,7 @@ def train(layout: dict, ranks, directory: Path) -> dict:
     args = TrainingArguments(
         per_device_train_batch_size=ROWS // ranks.world_size // accumulation,
         gradient_accumulation_steps=accumulation,
+        segments=layout.get("segments", 1),
         learning_rate=RATE,
         local_learning_rate=2 * RATE,
         gradient_clip=layout.get("clip", 1.0),
@@ -185,7 +191,8 @@ def train(layout: dict, ranks, directory: Path) -> dict:
     gradients = record_gradients(engine)
     losses, norms, applied, first = [], [], [], {}
     for step in layout.get("steps", range(STEPS)):
-        result = train_step(engine, microbatches(step, layout, ranks.rank, ranks.world_size))
+        batches = microbatches(step, layout, ranks.rank, ranks.world_size)
+        result = train_step(engine, in_segments(batches, args.segments))
         sums, load = reduce_results([result])
         sums |= {"router/dropped_share": sum(dropped)} if dropped else {}
         first = first or {"sums": sums, "load": load}

@@ -91,6 +91,27 @@ FORCED = {  # experts 4 to 7 get no token, 0 and 1 none on rank 1, 2 and 3 none 
     }
     for name, layout in (*PLACED.items(), ("recompute", {**PLACED["zero3"], "checkpointing": True}))
 }  # fmt: skip
+SEGMENTS_REFERENCE = "plain PyTorch, segments"
+SEGMENTS = {
+    SEGMENTS_REFERENCE: {"ranks": 1, "plain": True},
+    "1 rank, segments, stage 0": {"ranks": 1, "stage": 0},
+    "1 rank, segments of 2 microbatches, zero3": {"ranks": 1, "accumulation": 2, **PLACED["zero3"]},
+    "2 ranks, segments, stage 3": {"ranks": 2, "stage": 3},
+}
+SEGMENTS_MEMORY_REFERENCE = "1 rank, segments, memory, not clipped"
+SEGMENTS_MEMORY = {
+    SEGMENTS_MEMORY_REFERENCE: {"ranks": 1, "stage": 0, "memory": 5, "clip": 0},
+    "1 rank, segments, memory, streamed": {
+        "ranks": 1, "stage": 1, "memory": 5, "clip": 0, "placement": "streamed",
+    },
+    "2 ranks, segments, memory, streamed": {
+        "ranks": 2, "stage": 2, "memory": 5, "clip": 0, "placement": "streamed", "accumulation": 2,
+    },
+}  # fmt: skip
+SEGMENTS, SEGMENTS_MEMORY = (
+    {name: {"segments": 3, "steps": [0, 1, 2, 3], **layout} for name, layout in cases.items()}
+    for cases in (SEGMENTS, SEGMENTS_MEMORY)
+)
 # A poisoned layout and the undisturbed one it must equal: the step left out, or the microbatch emptied.
 NAN_REFERENCES = {
     "step left out": {**SCALE_FREE, "ranks": 1, "stage": 0, "steps": [0, 1, 3]},
@@ -100,6 +121,13 @@ NAN_REFERENCES = {
     "rows 2 and 3 emptied": {**SCALE_FREE, "ranks": 1, "stage": 0, "emptied": [[2, 2], [2, 3]]},
 }
 NAN = {}
+SEGMENTS_NAN = {  # the keys of the first segment make all of its row NaN
+    f"1 rank, segments, NaN in row {row}": (
+        {**SCALE_FREE, "ranks": 1, "stage": 0, "accumulation": 4, "segments": 2, "poisoned": [[2, row]]},
+        {**SCALE_FREE, "ranks": 1, "stage": 0, "segments": 2, "emptied": [[2, row]]},
+    )
+    for row in (0, 3)
+}
 for name, layout in FOUR.items():
     for ranks, accumulation, poison, reference in (
         (1, 4, POISON_ALL, "step left out"),
@@ -204,7 +232,9 @@ POISONED = {case: fields for case, (fields, _) in NAN.items()}
 LAYOUTS = {
     **PLAIN, **EQUAL, **SHORT, **STEP_ROUTING, **MEMORY, **BF16, **FORCED, **NAN_REFERENCES, **POISONED,
     **STREAMED_EQUAL, **STREAMED_CLIPPED, **STREAMED_STEP_ROUTING, **STREAMED_MEMORY, **STREAMED_BF16,
-    **STREAMED_FORCED, **STREAMED_NAN_REFERENCES,
+    **STREAMED_FORCED, **STREAMED_NAN_REFERENCES, **SEGMENTS, **SEGMENTS_MEMORY,
+    **{name: layout for name, (layout, _) in SEGMENTS_NAN.items()},
+    **{f"{name}, emptied": layout for name, (_, layout) in SEGMENTS_NAN.items()},
 }  # fmt: skip
 
 GRADIENT_TOLERANCE = 1e-5  # relative, a tensor: sums in another order
@@ -302,6 +332,31 @@ def test_the_reference_is_plain_pytorch(results):
     assert_close(found["gradients"], expected["gradients"], GRADIENT_TOLERANCE)
     assert found["losses"] == pytest.approx(expected["losses"], rel=LOSS_TOLERANCE)
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+    assert_close(found["weights"], expected["weights"], WEIGHT_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", [name for name in SEGMENTS if name != SEGMENTS_REFERENCE])
+def test_segments_are_those_of_plain_pytorch(results, name):
+    found, expected = results[name], results[SEGMENTS_REFERENCE]
+    assert_close(found["gradients"], expected["gradients"], GRADIENT_TOLERANCE)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=LOSS_TOLERANCE)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+    assert_close(found["weights"], expected["weights"], WEIGHT_TOLERANCE)
+    assert found["sums"]["tokens"] == results[REFERENCE]["sums"]["tokens"]
+    # Rows 1 and 3 have the first tokens of two more segments, row 2 of one and row 0, whose targets end, of none.
+    assert found["sums"]["targets"] == results[REFERENCE]["sums"]["targets"] - 5
+    assert found["losses"] != pytest.approx(results[SHORT_REFERENCE]["losses"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in SEGMENTS_MEMORY if name != SEGMENTS_MEMORY_REFERENCE])
+def test_streamed_segments_equal_resident_ones(results, name):
+    assert_streamed_close(results[name], results[SEGMENTS_MEMORY_REFERENCE], num_always=7)
+
+
+@pytest.mark.parametrize("name", SEGMENTS_NAN)
+def test_a_segment_with_a_loss_of_nan_takes_its_row_along(results, name):
+    found, expected = results[name], results[f"{name}, emptied"]
+    assert found["losses"] == pytest.approx(expected["losses"], rel=LOSS_TOLERANCE)
     assert_close(found["weights"], expected["weights"], WEIGHT_TOLERANCE)
 
 

@@ -3,7 +3,7 @@
 import torch
 
 from model import PragnosiaConfig, PragnosiaForCausalLM
-from training.step import count_targets, count_tokens, empty_like
+from training.step import count_targets, count_tokens, empty_like, in_segments
 
 
 def batch():
@@ -19,6 +19,19 @@ def batch():
 def test_targets_and_tokens_are_counted():
     assert count_targets(batch()) == 3
     assert count_tokens(batch()) == 5
+
+
+def test_segments_go_over_a_row_in_order():
+    whole = batch()
+    parts = in_segments([whole], 3)
+    assert [part["input_ids"][0].tolist() for part in parts] == [[5, 6], [7, 8], [9, 0]]
+    assert [part["document_ids"][0].tolist() for part in parts] == [[1, 1], [1, 1, 1, 2], [1, 1, 1, 2, 2, 0]]
+    for key in ("input_ids", "labels", "position_ids"):
+        assert torch.equal(torch.cat([part[key] for part in parts], dim=1), whole[key])
+    assert [count_tokens(part) for part in parts] == [2, 2, 1]
+    assert [count_targets(part) for part in parts] == [1, 0, 0]  # first tokens, 7 and 9, are none
+    assert empty_like(parts[1])["document_ids"].tolist() == [[0, 0], [0, 0]]
+    assert in_segments([whole], 1) == [whole]
 
 
 def test_a_label_in_the_first_place_is_no_target():
