@@ -58,6 +58,24 @@ def test_added_to_a_base_model_resumed_and_taken_away(data, tmp_path):
     assert b".memory." not in weights(without / "final_model")
 
 
+@pytest.mark.slow
+def test_rows_in_segments_count_as_rows_and_go_on_where_they_stopped(data, tmp_path):
+    flags = ("--max-steps", "4", "--save-steps", "2", "--logging-steps", "1", *MEMORY, "--memory-window", "8")
+    rows = []
+    for name, more in (("plain", ()), ("whole", ("--segments", "2"))):
+        whole, _ = run(data, tmp_path / name, *flags, *more)
+        lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+        rows.append([row for row in lines if "loss" in row])
+    for plain, segmented in zip(*rows, strict=True):
+        assert plain["tokens"] == segmented["tokens"] and plain["loss"] != segmented["loss"]
+        assert segmented["samples_per_second"] * segmented["step_seconds"] == pytest.approx(2)  # --batch-size
+    stopped = tmp_path / "stopped" / whole.name
+    shutil.copytree(whole, stopped, ignore=shutil.ignore_patterns("final_model", "checkpoint-4", "loss.png"))
+    code, text = finish(start(without_shape(command_of(data, stopped.parent, "--resume", str(stopped)))))
+    assert code == 0, text
+    assert weights(stopped / "final_model") == weights(whole / "final_model")
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -333,6 +333,8 @@ def test_another_layout_is_refused(data, uninterrupted, tmp_path):
         (("--init-from", "RUN", "--value-refresh", "3"), ("--value-refresh", "head")),
         (("--resume", "RUN", "--load-balance", "bias"), ("router bias False, this run has True",)),
         (("--streaming", "--max-steps", "none"), ("--streaming needs --max-steps",)),
+        (("--segments", "7"), ("--segments 7 must divide --max-length 64",)),
+        (("--segments", "2", "--gradient-checkpointing"), ("--gradient-checkpointing", "--segments")),
     ],
 )
 def test_a_dry_run_refuses_what_the_run_refuses(data, uninterrupted, tmp_path, flags, words):
