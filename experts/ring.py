@@ -8,7 +8,8 @@ once, in the same order.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -37,7 +38,7 @@ class Slot:
 
 
 def make_slot(size: int, store: BankStore, device: torch.device) -> Slot:
-    """A slot for R = `size` experts, in one piece of memory; the longest rows first, so that all are aligned."""
+    """A slot for R = `size` experts, in one piece of memory; the longest rows first: all are aligned."""
     kept = sorted(store.kept.items(), key=lambda quantity: -quantity[1][1])
     room = [size * count * dtype.itemsize for _, (dtype, count) in kept]
     memory = torch.empty(sum(room), dtype=torch.uint8, device=device)
@@ -69,9 +70,8 @@ class SlotRing:
         self.stores, self.idle, self.group = stores, deque(slots), group
         self.device = slots[0].weight_RP.device
         self.on_gpu = self.device.type == "cuda"
-        self.upload = self.download = self.compute = None  # streams
-        if self.on_gpu:
-            self.upload, self.download = torch.cuda.Stream(self.device), torch.cuda.Stream(self.device)
+        streams = [torch.cuda.Stream(self.device) for _ in range(2)] if self.on_gpu else [None, None]
+        self.upload, self.download, self.compute = *streams, None
         self.idle_parts: deque[Slot] = deque()
         self.announced: deque[Page] = deque()
         self.travelling: deque[Slot] = deque()  # on their way or there, and not taken
@@ -95,9 +95,8 @@ class SlotRing:
         """The slot that holds the page; computation waits for its upload."""
         self._advance()
         assert self.is_next(page), "pages are taken in the announced order"
-        if not self.travelling:  # not ready, but needed now
-            found_room = self._upload()
-            assert found_room, "fewer pages are held than there are slots"
+        found_room = bool(self.travelling) or self._upload()  # not ready, but needed now
+        assert found_room, "fewer pages are held than there are slots"
         slot = self.travelling.popleft()
         self._wait(self.compute, slot.uploaded)
         return slot
@@ -108,10 +107,9 @@ class SlotRing:
         if changed:
             page, store = slot.page, self.stores[slot.page.layer]
             self._wait(self.download, *slot.free)
-            self._switch(self.download)
-            for here, name, host in store.receive(page, changed):
-                host.copy_(slot.buffers[name][here], non_blocking=True)
-            self._switch(self.compute)
+            with self._on(self.download):
+                for here, name, host in store.receive(page, changed):
+                    host.copy_(slot.buffers[name][here], non_blocking=True)
             done = self._mark(self.download)
             store.received(page, done)
             self.written |= dict.fromkeys(((page.layer, expert) for expert in page.experts), done)
@@ -141,8 +139,7 @@ class SlotRing:
         not: an upload ends in a collective, to which all must come at the same place."""
         while self.announced:
             page = self.announced[0]
-            at_hand = self.group is not None or self.stores[page.layer].is_ready(page)
-            if not at_hand or not self._upload():
+            if (self.group is None and not self.stores[page.layer].is_ready(page)) or not self._upload():
                 return
 
     def _room(self, page: Page) -> Slot | None:
@@ -175,22 +172,25 @@ class SlotRing:
         store = self.stores[page.layer]
         written = {self.written.get((page.layer, expert)) for expert in page.experts}
         self._wait(self.upload, *slot.free, *written)
-        self._switch(self.upload)
-        for here, name, host in store.fetch(page):
-            slot.buffers[name][here].copy_(host, non_blocking=True)
-        store.fetched(page, self._mark(self.upload))
-        if self.group is not None:
-            rows = slice(len(page.experts))
-            gather_rows(slot.buffers["weight"][rows], slot.weight_RP[rows], self.group)
-        self._switch(self.compute)
+        with self._on(self.upload):
+            for here, name, host in store.fetch(page):
+                slot.buffers[name][here].copy_(host, non_blocking=True)
+            store.fetched(page, self._mark(self.upload))
+            if self.group is not None:
+                rows = slice(len(page.experts))
+                gather_rows(slot.buffers["weight"][rows], slot.weight_RP[rows], self.group)
         slot.uploaded = self._mark(self.upload)
         self.travelling.append(slot)
         return True
 
-    def _switch(self, stream: torch.cuda.Stream | None) -> None:
-        """Copies go to this stream from now on; `torch.cuda.stream` would look up the one before, twice a page."""
-        if self.on_gpu:
+    @contextmanager
+    def _on(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
+        """What is launched goes to this stream (None: a CPU); `torch.cuda.stream` would look up the one before."""
+        try:
             torch.cuda.set_stream(stream)
+            yield
+        finally:
+            torch.cuda.set_stream(self.compute)
 
     def _mark(self, stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
         """The end of a stream's work so far; on a CPU streams and events are None."""

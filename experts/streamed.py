@@ -70,9 +70,9 @@ class StreamedBank(nn.Module):
         super().__init__()
         self.stream, self.layer = experts, layer
 
-    def forward(self, hidden_TD: Tensor, routing: Routing, passes: list | None = None) -> Tensor:
-        """passes: empty in the first pass of a checkpointed layer; the second only makes the graph of backward."""
-        return StreamedFunction.apply(self.stream, self.layer, hidden_TD, routing.weights_TK, routing, passes)
+    def forward(self, hidden_TD: Tensor, routing: Routing, first=None) -> Tensor:
+        """first: where a checkpointed layer's first pass leaves its visit; the second makes the graph alone."""
+        return StreamedFunction.apply(self.stream, self.layer, hidden_TD, routing.weights_TK, routing, first)
 
 
 @dataclass
@@ -84,6 +84,7 @@ class Visit:
     """
 
     layer: int
+    order_N: Tensor
     starts: list[int]
     used: list[int]
     pages: list[Page]
@@ -106,24 +107,22 @@ class StreamedFunction(torch.autograd.Function):
     """A bank's output; its backward also updates the bank."""
 
     @staticmethod
-    def forward(ctx, stream, layer: int, hidden_TD: Tensor, weights_TK: Tensor, routing: Routing, passes):
-        ctx.stream, order_N = stream, routing.order_N
-        if passes:
-            ctx.visit, order_N = passes.pop()
-            ctx.save_for_backward(hidden_TD, weights_TK, order_N)
+    def forward(ctx, stream, layer: int, hidden_TD: Tensor, weights_TK: Tensor, routing: Routing, first):
+        second = getattr(first, "visit", None)
+        ctx.stream, ctx.visit = stream, second or stream.begin(layer, routing)
+        ctx.save_for_backward(hidden_TD, weights_TK, ctx.visit.order_N)
+        if second:
             return torch.zeros_like(hidden_TD)
-        token_N = order_N // weights_TK.shape[1]
+        token_N = routing.order_N // weights_TK.shape[1]
         rows_ND = hidden_TD.new_empty(len(token_N), hidden_TD.shape[1])
-        ctx.visit = visit = stream.begin(layer, routing.counts_E)
-        for page in stream.visited(visit):
+        for page in stream.visited(ctx.visit):
             if page.rows.stop > page.rows.start:
                 middle_NF = swiglu(*gate_and_up(hidden_TD[token_N[page.rows]], page))
                 rows_ND[page.rows] = grouped_matmul(middle_NF, page.down_RDF.transpose(1, 2), page.groups)
-        ctx.save_for_backward(hidden_TD, weights_TK, order_N)
-        if passes is not None:
-            passes.append((visit, order_N))
-        if passes or ctx.needs_input_grad[2]:
-            stream.expect_backward(visit)
+        if first is not None:
+            first.visit = ctx.visit
+        if first is not None or ctx.needs_input_grad[2]:
+            stream.expect_backward(ctx.visit)
         return combine(rows_ND, routing)
 
     @staticmethod
@@ -208,7 +207,7 @@ class StreamedExperts(Placement):
         self.ring = SlotRing(self.stores, slots, gathering)
         rows = 0 if frozen else settings.page_size
         self.gradient_RP = torch.zeros(rows, self.layout.row_size, dtype=dtype, device=device)
-        self.squares: list[Tensor] = []  # of the step's gradients, by page
+        self.squares_LE = torch.zeros(self.layers, self.num_experts, device=device)  # of the step's gradients
         adamw = settings.adamw
         self.groups = ({"name": "experts", "lr": adamw.lr, "weight_decay": adamw.weight_decay},)
         self.accumulated: list[set[int]] = [set() for _ in layers]
@@ -229,20 +228,20 @@ class StreamedExperts(Placement):
 
     def take_refused(self) -> int:
         self.updating = False  # whoever asks has finished the step
-        squares, self.squares = [torch.zeros(1, device=self.device), *self.squares], []
-        return int((~torch.cat(squares).isfinite()).sum())
+        squares_LE, self.squares_LE = self.squares_LE, torch.zeros_like(self.squares_LE)
+        return int((~squares_LE.isfinite()).sum())
 
-    def begin(self, layer: int, counts_E: Tensor) -> Visit:
+    def begin(self, layer: int, routing: Routing) -> Visit:
         """Learn how many rows each expert has; before that, send the pages on their way if all are fetched."""
-        counts_2E = counts_E.repeat(2, 1)
+        counts_2E = routing.counts_E.repeat(2, 1)
         if self.group is not None:
             dist.all_reduce(counts_2E[1], group=self.group)
         if self.settings.fetch_all:
             self.ring.announce(self.all_pages[layer * len(self.all_pages) // self.layers :])
         counts, total = counts_2E.tolist()  # waits for the router
         used = [expert for expert, count in enumerate(total) if count]
-        fetched = range(self.num_experts) if self.settings.fetch_all else used
-        return Visit(layer, list(accumulate(counts, initial=0)), used, self._light(layer, fetched))
+        pages = self._light(layer, range(self.num_experts) if self.settings.fetch_all else used)
+        return Visit(layer, routing.order_N, list(accumulate(counts, initial=0)), used, pages)
 
     def expect_backward(self, visit: Visit) -> None:
         """Plan the layer's pages of backward, and after the last layer send them all on their way."""
@@ -293,9 +292,10 @@ class StreamedExperts(Placement):
         page.changed = tuple(self.kept) if visit.boundary else ("accumulator",)
         if not visit.boundary:
             return
-        self.squares.append(squares_R := sum_of_squares(gradient_RP))
+        squares_R = sum_of_squares(gradient_RP)
         if self.group is not None:
             dist.all_reduce(squares_R, group=self.group)
+        self.squares_LE[visit.layer, experts[0] :][: len(experts)] = squares_R  # apart from other pages'
         factor_R = clip_factors(squares_R, self.settings.max_norm, 1 / self.layout.ranks)
         rules = self.settings.adamw._replace(**{key: self.groups[0][key] for key in ("lr", "weight_decay")})
         update_rows({name: buffers[name] for name in self.kept}, gradient_RP, factor_R, rules, seed)

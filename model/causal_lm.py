@@ -1,6 +1,7 @@
 """The decoder and its causal language-model head, as `transformers` models."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -87,18 +88,18 @@ class DecoderLayer(nn.Module):
 
         With `checkpointing` it keeps its input alone (D values a token) and is recomputed in backward: reentrant,
         because ZeRO-3 releases a weight after the recomputed forward and fetches it again only for a backward
-        through a graph that the recompute has built. A bank that recomputes by itself gets a list, in which it
-        leaves its first pass for the second, lest its weights travel once more.
+        through a graph that the recompute has built. A bank that recomputes by itself leaves its first pass for
+        the second, lest its weights travel once more: in an object, for DeepSpeed's hooks hand on copies of lists.
         """
         choice = PoolChoice(hidden_BSD.shape[0], mask, cache, self.self_attn.layer_idx)
         inputs = hidden_BSD, rotary_BSC, mask, valid_T, cache, documents_BM, choice
         if not checkpointing:
             hidden_BSD, *statistics = self.compute(*inputs)
             return hidden_BSD, LayerStatistics(*statistics)
-        passes = ([],) if getattr(self.mlp.experts, "recomputes", False) else ()
+        first = (SimpleNamespace(visit=None),) if getattr(self.mlp.experts, "recomputes", False) else ()
         draws = self.memory is not None  # random numbers: the same ones again
         hidden_BSD, *statistics = checkpoint(
-            self.compute, *inputs, *passes, use_reentrant=True, preserve_rng_state=draws
+            self.compute, *inputs, *first, use_reentrant=True, preserve_rng_state=draws
         )
         return hidden_BSD, LayerStatistics(*statistics)
 
@@ -111,11 +112,12 @@ class DecoderLayer(nn.Module):
         cache,
         documents_BM: Tensor | None,
         choice: PoolChoice,
-        *passes: list,
+        *first: SimpleNamespace,
     ) -> tuple[Tensor, ...]:
         """The layer's output and, flat, its statistics.
 
-        Those are outputs, not side effects: a recompute does not count them again.
+        Those are outputs, not side effects: a recompute does not count them again. Nothing but a sum follows the
+        bank, so backward does not need what it returns.
         """
         input_BSD, memory_statistics = self.input_layernorm(hidden_BSD), []
         added_BSD = self.self_attn(input_BSD, rotary_BSC, mask, cache)
@@ -124,7 +126,7 @@ class DecoderLayer(nn.Module):
             added_BSD = added_BSD + read_BSD
         hidden_BSD = hidden_BSD + added_BSD
         hidden_TD = self.post_attention_layernorm(hidden_BSD).flatten(0, 1)
-        expert_TD, statistics = self.mlp(hidden_TD, valid_T, choice, *passes)
+        expert_TD, statistics = self.mlp(hidden_TD, valid_T, choice, *first)
         return hidden_BSD + expert_TD.view_as(hidden_BSD), *statistics, *memory_statistics
 
 

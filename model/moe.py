@@ -1,6 +1,7 @@
 """The Mixture-of-Experts feed-forward: a router and a bank of experts."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +26,13 @@ class MoEBlock(nn.Module):
         self.experts = build_bank(config)
 
     def forward(
-        self, hidden_TD: Tensor, valid_T: Tensor | None, choice: PoolChoice, *passes: list
+        self, hidden_TD: Tensor, valid_T: Tensor | None, choice: PoolChoice, *first: SimpleNamespace
     ) -> tuple[Tensor, RouterStatistics]:
-        """The experts' outputs, weighted and summed, and the router's statistics. passes: see `DecoderLayer`."""
+        """The experts' outputs, weighted and summed, and the router's statistics. first: see `DecoderLayer`."""
         routing, statistics = self.gate(hidden_TD, valid_T, choice)
         if self.training and getattr(self.experts, "capacity_factor", None):
             routing = within_capacity(routing, self.experts.capacity(len(hidden_TD)), valid_T)
-        return self.experts(hidden_TD, routing, *passes), statistics
+        return self.experts(hidden_TD, routing, *first), statistics
 
 
 def moe_loop(

@@ -63,7 +63,8 @@ from training.metrics import (
 from training.plan import STREAM_NEEDS_STEPS, Plan, check_host_memory, plan_run, resolve_device
 from training.randomness import random_state, set_random_state, set_seeds
 from training.schedule import learning_rate_factor
-from training.step import StepResult, in_segments, reduce_results, train_step
+from training.segments import in_segments
+from training.step import StepResult, reduce_results, train_step
 from training.universal import UNIVERSAL_CLIENT_STATE, load_state, to_universal
 from training.weights import Source, directory_weights, fill_counts, initial_weights, model_weights
 

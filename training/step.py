@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -46,7 +45,7 @@ def train_step(engine, microbatches: list[Batch]) -> StepResult:
     gradients have begun to accumulate, an empty batch takes its place, because DeepSpeed reduces gradients in
     the last backward; if every one fails, the step is not applied.
 
-    A microbatch that is a later segment of its rows (see `in_segments`) goes on from the one before it.
+    A microbatch that is a later segment of its rows (see `training/segments.py`) goes on from the one before it.
     """
     device = engine.device
     counts = torch.tensor([[count_targets(b), count_tokens(b), count_values(b)] for b in microbatches])
@@ -95,22 +94,6 @@ def train_step(engine, microbatches: list[Batch]) -> StepResult:
             grad_norm = float(engine.get_global_grad_norm())
     refused = engine.module.placement.take_refused()
     return StepResult(started, applied, num_tokens, sums, load_LE, grad_norm, refused)
-
-
-def in_segments(microbatches: list[Batch], count: int) -> list[Batch]:
-    """Each microbatch cut in `count` parts of its rows, in order. `document_ids` of a part are those of the whole
-    row so far. The first token of a later part is no target."""
-
-    def part(batch: Batch, start: int, stop: int) -> Batch:
-        return {key: x[:, (key != "document_ids") * start : stop] for key, x in batch.items()}
-
-    if count == 1:
-        return microbatches
-    parts = []
-    for batch in microbatches:
-        ends = range(0, batch["input_ids"].shape[1] + 1, batch["input_ids"].shape[1] // count)
-        parts += [part(batch, start, stop) for start, stop in pairwise(ends)]
-    return parts
 
 
 def count_targets(batch: Batch) -> int:

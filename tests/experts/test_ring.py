@@ -147,6 +147,14 @@ def test_a_slot_holds_the_newest_while_the_gpu_lags(schedule, num_slots, random)
     play(*schedule, num_slots, "cuda", lambda: random.choice([0, 1000, 1_000_000]))
 
 
+@pytest.mark.gpu
+@given(rounds(), st.integers(2, 5), st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=30, derandomize=True)
+def test_a_slot_holds_the_newest_where_another_stream_computes(schedule, num_slots, random):
+    with torch.cuda.stream(torch.cuda.Stream()):
+        play(*schedule, num_slots, "cuda", lambda: random.choice([0, 1000, 1_000_000]))
+
+
 @pytest.mark.parametrize(("state", "parts"), [("int8", 2), ("bf16", 3), ("fp32", 7)])
 def test_light_pages_share_the_memory_of_a_slot(state, parts):
     ring = make_ring(make_stores(False, state), num_slots=2, page_size=2)

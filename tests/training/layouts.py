@@ -36,7 +36,8 @@ from training import deepspeed_config
 from training.config import TrainingArguments
 from training.engine import DTYPES, build_engine, build_model, build_placement, start_ranks
 from training.estimate import StreamPlan
-from training.step import count_targets, in_segments, reduce_results, train_step
+from training.segments import in_segments
+from training.step import count_targets, reduce_results, train_step
 from training.weights import exported_tensors, fill, initial_weights, joined
 
 VOCAB, LENGTH, ROWS, STEPS = 64, 24, 4, 20
@@ -164,7 +165,7 @@ def train(layout: dict, ranks, directory: Path) -> dict:
     """`losses`, gradient `norms` and whether `applied`, a step; exported `weights` after the last one.
 
     `gradients`, `sums` and router `load` are those of the first step; `updates` how often each streamed expert
-    was updated, a list of [E, 1] a layer.
+    was updated, a list of [E, 1] a layer, and `taken` how many pages were taken in all.
     """
     accumulation = layout.get("accumulation", 1)
     args = TrainingArguments(
@@ -188,6 +189,7 @@ def train(layout: dict, ranks, directory: Path) -> dict:
     if "router" in layout:
         force_router(model, layout["router"][ranks.rank])
     engine = build_engine(model, args, ds_config)
+    taken = count_pages(model.placement)
     gradients = record_gradients(engine)
     losses, norms, applied, first = [], [], [], {}
     for step in layout.get("steps", range(STEPS)):
@@ -203,7 +205,7 @@ def train(layout: dict, ranks, directory: Path) -> dict:
     updates = [store.arrays["updates"].clone() for store in getattr(model.placement, "stores", ())]
     engine.destroy()
     trained = {"losses": losses, "norms": norms, "applied": applied, "weights": weights, "updates": updates}
-    return {**trained, **first, "gradients": gradients}
+    return {**trained, **first, "gradients": gradients, "taken": len(taken)}
 
 
 def record_gradients(engine) -> dict[str, torch.Tensor]:
@@ -224,6 +226,15 @@ def record_gradients(engine) -> dict[str, torch.Tensor]:
 
     engine.step = step
     return gradients
+
+
+def count_pages(placement) -> list:
+    """A list that grows by each page that streamed experts take."""
+    taken = []
+    if ring := getattr(placement, "ring", None):
+        take = ring.take
+        ring.take = lambda page: taken.append(page) or take(page)
+    return taken
 
 
 def poison(_embedding, inputs, output):

@@ -430,6 +430,19 @@ def test_streamed_experts_equal_resident_ones(results, name):
     assert_streamed_close(results[name], results[STREAMED_REFERENCE], num_always=7)
 
 
+@pytest.mark.parametrize(
+    ("recomputed", "plain"),
+    [
+        ("2 rank, streamed, recompute", "2 rank, streamed, stage 2"),
+        ("2 rank, streamed, 2 microbatches, recompute", "2 rank, streamed, 2 microbatches"),
+        ("2 rank, streamed, step routing, recompute", "2 rank, streamed, step routing, stage 0"),
+    ],
+)
+def test_a_recompute_takes_no_page_again(results, recomputed, plain):
+    """Under ZeRO-3 too, which hands on copies of what a module is called with."""
+    assert results[recomputed]["taken"] == results[plain]["taken"] > 0
+
+
 def test_streamed_experts_beside_a_memory_equal_resident_ones(results):
     found = results["2 ranks, streamed, memory, recompute"]
     assert_streamed_close(found, results[STREAMED_MEMORY_REFERENCE], num_always=7)

@@ -3,7 +3,8 @@
 import torch
 
 from model import PragnosiaConfig, PragnosiaForCausalLM
-from training.step import count_targets, count_tokens, empty_like, in_segments
+from training.segments import in_segments
+from training.step import count_targets, count_tokens, empty_like
 
 
 def batch():
