@@ -56,7 +56,7 @@ class Pass:
     readers: int = 0
 
 
-def passes_of(config: PragnosiaConfig, length: int, segments: int, stage: str, joint: bool) -> list[Pass]:
+def passes_of(config: PragnosiaConfig, length: int, stage: str, joint: bool, segments: int = 1) -> list[Pass]:
     """In stage base the last segment of rows of that length, which sees those before. In stage cache the traces of
     a row, each with its latents and the tokens after them; the queries of a coprocessor that is a model; and,
     jointly, the rows too."""
@@ -159,7 +159,7 @@ def estimate(
         for needed, without, size in ((3, 0, weight), (2, frozen, weight), (1, frozen, state))
     )
     width, cache = config.hidden_size, config.cache
-    passes = passes_of(config, max_length, segments, stage, joint)
+    passes = passes_of(config, max_length, stage, joint, segments)
     activations = micro_batch_size * activation_bytes(config, passes, weight, placement, checkpointing)
     tokens = targets = micro_batch_size * max(each.tokens for each in passes)
     if stage == "cache":
