@@ -292,7 +292,7 @@ class PragnosiaForCausalLM(PragnosiaPreTrainedModel, GenerationMixin, AnswerMeth
 
         documents_BM, length = attention_mask if document_ids is None else document_ids, input_ids.shape[1]
         if document_ids is not None:
-            mask = document_mask(document_ids)[:, :, -length:]
+            mask = document_mask(document_ids, length)
             valid_T = document_ids[:, -length:].reshape(-1) > 0
         else:
             mask, valid_T = self._causal_mask(input_ids, attention_mask, past_key_values, position_ids), None
@@ -357,11 +357,11 @@ class PragnosiaForCausalLM(PragnosiaPreTrainedModel, GenerationMixin, AnswerMeth
         )
 
 
-def document_mask(document_ids: Tensor) -> Tensor:
-    """[B, 1, S, S] bool: position t sees position s ≤ t of the same document."""
-    length = document_ids.shape[1]
-    causal_SS = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
-    return ((document_ids[:, :, None] == document_ids[:, None, :]) & causal_SS)[:, None]
+def document_mask(document_ids: Tensor, length: int) -> Tensor:
+    """[B, 1, length, S] bool, of the last `length` of S positions: t sees s ≤ t of the same document."""
+    seen = document_ids.shape[1]
+    causal = torch.ones(length, seen, dtype=torch.bool, device=document_ids.device).tril(seen - length)
+    return ((document_ids[:, -length:, None] == document_ids[:, None, :]) & causal)[:, None]
 
 
 def at_least_one(count: Tensor | int) -> Tensor | int:

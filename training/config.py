@@ -362,8 +362,8 @@ class TrainingArguments(Checked):
             raise UserError("--report-to none cannot stand beside others")
         if self.segments > 1 and self.gradient_checkpointing:
             raise UserError(
-                "--gradient-checkpointing would recompute segments after what they go on from has moved on: leave "
-                "it out, or use more --segments, which take less memory"
+                "--gradient-checkpointing has no effect on --segments, which cannot be computed again: use "
+                "--no-gradient-checkpointing"
             )
         if self.segments > 1 and self.stage == "cache":
             raise UserError("--segments is for --stage base: leave it out")

@@ -22,9 +22,9 @@ PLACEMENTS = ("resident", "streamed", "zero3")
 NOMINAL_PARAMETERS = {"tiny": 8e6, "350M": 350e6, "1B": 1e9, "3B": 3e9, "7B": 7e9, "13B": 13e9}
 
 BATCH_KEYS = {
-    "train_batch_size": "--batch-size, --gradient-accumulation-steps and the number of GPUs",
+    "train_batch_size": "--batch-size, --gradient-accumulation-steps, --segments and the number of GPUs",
     "train_micro_batch_size_per_gpu": "--batch-size",
-    "gradient_accumulation_steps": "--gradient-accumulation-steps",
+    "gradient_accumulation_steps": "--gradient-accumulation-steps and --segments",
     "gradient_clipping": "--gradient-clip",
 }
 

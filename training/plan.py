@@ -128,8 +128,10 @@ def plan_run(
 
     if data_args.streaming and args.max_steps is None:
         raise UserError(STREAM_NEEDS_STEPS)
-    if data_args.max_length % args.segments:
-        raise UserError(f"--segments {args.segments} must divide --max-length {data_args.max_length}")
+    if data_args.max_length % args.segments or data_args.max_length == args.segments > 1:
+        raise UserError(
+            f"--segments {args.segments} must divide --max-length {data_args.max_length}, with two tokens each"
+        )
     config = copy.deepcopy(model)
     add_components(config, args, **components)
     plan = make_plan(

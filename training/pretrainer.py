@@ -306,7 +306,7 @@ class Pretrainer:
     def _log(self, window: list[StepResult], seconds: float, waited: float) -> None:
         sums, load_LE = reduce_results(window)
         targets, tokens = max(1.0, sums["targets"]), max(1.0, sums["tokens"])
-        rows = len(window) * self.plan.ds_config["train_batch_size"] // self.args.segments
+        rows = len(window) * self.loader.rows_per_step
         loss = sums["loss_sum"] / targets
         metrics = {
             "loss": loss,
@@ -490,7 +490,7 @@ class Pretrainer:
             "step": self.step,
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
-            "rows_a_step": self.plan.ds_config["train_batch_size"],
+            "rows_a_step": self.loader.rows_per_step,
             "tokens": self.tokens,
             "best_loss": self.best_loss,
             "bad_validations": self.bad_validations,
@@ -506,7 +506,7 @@ class Pretrainer:
         self.best_loss, self.bad_validations = state["best_loss"], state["bad_validations"]
         # The order of rows does not depend on how they are grouped, so another batch size goes on at the same row.
         rows = state["step_in_epoch"] * state["rows_a_step"]
-        self.step_in_epoch = -(-rows // self.plan.ds_config["train_batch_size"])
+        self.step_in_epoch = -(-rows // self.loader.rows_per_step)
         if state["data"] != self._data_identity():
             self.step_in_epoch = 0
             if self.is_main:

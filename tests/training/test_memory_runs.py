@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from training.checkpoint import load_config
+from training.checkpoint import load_config, read_state
 
 from .runs import command as command_of
 from .runs import finish, run, start, weights, without_shape, write_rows
@@ -66,6 +66,7 @@ def test_rows_in_segments_count_as_rows_and_go_on_where_they_stopped(data, tmp_p
         whole, _ = run(data, tmp_path / name, *flags, *more)
         lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
         rows.append([row for row in lines if "loss" in row])
+        assert read_state(whole / "checkpoint-4")["rows_a_step"] == 2  # so a resumed run can change it
     for plain, segmented in zip(*rows, strict=True):
         assert plain["tokens"] == segmented["tokens"] and plain["loss"] != segmented["loss"]
         assert segmented["samples_per_second"] * segmented["step_seconds"] == pytest.approx(2)  # --batch-size

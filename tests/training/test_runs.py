@@ -334,6 +334,7 @@ def test_another_layout_is_refused(data, uninterrupted, tmp_path):
         (("--resume", "RUN", "--load-balance", "bias"), ("router bias False, this run has True",)),
         (("--streaming", "--max-steps", "none"), ("--streaming needs --max-steps",)),
         (("--segments", "7"), ("--segments 7 must divide --max-length 64",)),
+        (("--segments", "64"), ("--segments 64", "two tokens")),
         (("--segments", "2", "--gradient-checkpointing"), ("--gradient-checkpointing", "--segments")),
     ],
 )

@@ -1,8 +1,10 @@
 """What a step counts. The step itself, against plain PyTorch and over ranks, is in test_layouts.py."""
 
+import pytest
 import torch
 
 from model import PragnosiaConfig, PragnosiaForCausalLM
+from training.config import UserError
 from training.segments import in_segments
 from training.step import count_targets, count_tokens, empty_like
 
@@ -33,6 +35,8 @@ def test_segments_go_over_a_row_in_order():
     assert [count_targets(part) for part in parts] == [1, 0, 0]  # first tokens, 7 and 9, are none
     assert empty_like(parts[1])["document_ids"].tolist() == [[0, 0], [0, 0]]
     assert in_segments([whole], 1) == [whole]
+    with pytest.raises(UserError, match="--segments 4 must divide the rows, which have 6 tokens"):
+        in_segments([whole], 4)
 
 
 def test_a_label_in_the_first_place_is_no_target():
