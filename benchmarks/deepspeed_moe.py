@@ -107,7 +107,7 @@ def with_classic_layers(config: PragnosiaConfig, size: int) -> PragnosiaForCausa
 class ClassicBlock(nn.Module):
     """The classic layer, which routes by itself, in the place of a `MoEBlock`."""
 
-    experts = None  # no bank of ours, whose capacity a layer would ask for
+    experts = None  # no bank of ours, which has a capacity or recomputes by itself
 
     def __init__(self, config: PragnosiaConfig, size: int):
         super().__init__()

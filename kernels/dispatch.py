@@ -23,6 +23,7 @@ _operations = {
     "reference": Operations(route_reference, permute_reference, combine_reference, unpermute_reference)
 }
 _wanted = "auto"
+capability = functools.cache(torch.cuda.get_device_capability)  # asking takes as long as launching a kernel
 
 
 def use(kernels: str) -> None:
@@ -113,9 +114,6 @@ def moves(values: Tensor, places_TK: Tensor) -> Operations:
 def has_grouped_gemm(rows: Tensor) -> bool:
     """Whether `F.grouped_mm` has a kernel of its own for this device and dtype (elsewhere it loops, slower)."""
     return rows.is_cuda and rows.dtype == torch.bfloat16 and capability(rows.device) >= (9, 0)
-
-
-capability = functools.cache(torch.cuda.get_device_capability)  # asking takes as long as launching a kernel
 
 
 def triton_grouped_gemm(rows: Tensor) -> Callable[..., Tensor] | None:

@@ -104,15 +104,7 @@ class DecoderLayer(nn.Module):
         return hidden_BSD, LayerStatistics(*statistics)
 
     def compute(
-        self,
-        hidden_BSD: Tensor,
-        rotary_BSC: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        valid_T: Tensor | None,
-        cache,
-        documents_BM: Tensor | None,
-        choice: PoolChoice,
-        *first: SimpleNamespace,
+        self, hidden_BSD: Tensor, rotary_BSC, mask, valid_T, cache, documents_BM, choice: PoolChoice, *first
     ) -> tuple[Tensor, ...]:
         """The layer's output and, flat, its statistics.
 

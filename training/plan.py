@@ -63,8 +63,7 @@ class Plan:
             f"{self.precision} on {self.world_size} x {self.device}",
             f"batch       {micro} rows x {accumulation} microbatches x {self.world_size} ranks = "
             f"{micro * accumulation * self.world_size} rows of {max_length} tokens a step"
-            + f", each in {args.segments} segments"
-            * (args.segments > 1),
+            + (f", each in {args.segments} segments" if args.segments > 1 else ""),
             f"memory      about {self.memory}",
             *(f"note        {flag} has no effect: experts fit in GPU memory" for flag in self.idle_flags),
         ]

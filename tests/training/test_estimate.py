@@ -119,9 +119,8 @@ def test_activations_grow_with_tokens_and_shrink_with_recompute():
     assert many > few
     assert of(micro_batch_size=20, max_length=2048).device == pytest.approx(many)
     assert of(micro_batch_size=80, checkpointing=True).device < many
-    assert (
-        few < of(micro_batch_size=80, segments=2).device < many
-    )  # half of the tokens, and keys of the others
+    # Half of the tokens, and the keys of the others.
+    assert few < of(micro_batch_size=80, segments=2).device < many
     assert of(micro_batch_size=80, precision="fp32").device > many
 
 
